@@ -1,0 +1,70 @@
+// The arithmetic of AdamW for one element, and the scalars it needs. Every backend includes this
+// file; the formula stands nowhere else. Loads, stores and the walk over chunks are the backends'.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GRADLOC_HOST_DEVICE __host__ __device__
+#else
+#define GRADLOC_HOST_DEVICE
+#endif
+
+namespace gradloc {
+
+// What a param group says, as torch.optim.AdamW means it.
+struct AdamWGroup {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+
+// The scalars of one tensor in one step, rounded to float32 once.
+struct AdamWScalars {
+  float grad_coef;              // clip coefficient, negative when maximizing
+  float decay;                  // 1 - lr·s·weight_decay
+  float one_minus_beta1;        // 1 - beta1
+  float beta2;                  //
+  float one_minus_beta2;        // 1 - beta2
+  float step_size;              // lr·s / (1 - beta1^t)
+  float bias_correction2_sqrt;  // sqrt(1 - beta2^t)
+  float eps;                    //
+};
+
+// step: t, counted from 1, of this tensor. lr_scale: s, the layer's scale. clip_coef: in [0, 1].
+inline AdamWScalars adamw_scalars(const AdamWGroup& group, double step, double lr_scale,
+                                  double clip_coef) {
+  const double lr = group.lr * lr_scale;
+  AdamWScalars scalars;
+  scalars.grad_coef = static_cast<float>(group.maximize ? -clip_coef : clip_coef);
+  scalars.decay = static_cast<float>(1.0 - lr * group.weight_decay);
+  scalars.one_minus_beta1 = static_cast<float>(1.0 - group.beta1);
+  scalars.beta2 = static_cast<float>(group.beta2);
+  scalars.one_minus_beta2 = static_cast<float>(1.0 - group.beta2);
+  scalars.step_size = static_cast<float>(lr / (1.0 - std::pow(group.beta1, step)));
+  scalars.bias_correction2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(group.beta2, step)));
+  scalars.eps = static_cast<float>(group.eps);
+  return scalars;
+}
+
+// One AdamW update (Loshchilov & Hutter 2019, Algorithm 2, in the order of operations of
+// torch.optim.AdamW):
+//   g ← coef·g;  p ← decay·p;  m ← m + (1-β1)(g - m);  v ← β2·v + (1-β2)·g²
+//   p ← p - step_size · m / (sqrt(v̂)/bias_correction2_sqrt + eps),  v̂ = max over steps with amsgrad
+// F is float, or a vector of floats with + - * / and the functions square_root and maximum.
+template <bool kAmsgrad, class F>
+GRADLOC_HOST_DEVICE inline void adamw_element(F& param, F grad, F& exp_avg, F& exp_avg_sq,
+                                              F& max_exp_avg_sq, const AdamWScalars& s) {
+  grad = grad * F(s.grad_coef);
+  exp_avg = exp_avg + (grad - exp_avg) * F(s.one_minus_beta1);
+  exp_avg_sq = exp_avg_sq * F(s.beta2) + grad * grad * F(s.one_minus_beta2);
+  F second = exp_avg_sq;
+  if constexpr (kAmsgrad) {
+    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
+    second = max_exp_avg_sq;
+  }
+  const F denominator = square_root(second) / F(s.bias_correction2_sqrt) + F(s.eps);
+  param = param * F(s.decay) - F(s.step_size) * (exp_avg / denominator);
+}
+
+}  // namespace gradloc

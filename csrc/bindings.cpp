@@ -1,0 +1,184 @@
+// The compiled module as Python sees it, and the only file that knows Python. Addresses come in as
+// integers from tensors that gradloc/ops.py has checked and keeps alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "chunks.h"
+#include "cpu/adamw_step.h"
+#include "cpu/dispatch.h"
+#include "cpu/norms.h"
+#include "work.h"
+#ifdef GRADLOC_CUDA
+#include "cuda/runtime.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using gradloc::DType;
+using Addresses = std::vector<uintptr_t>;
+// lr, beta1, beta2, eps, weight_decay, maximize
+using GroupTuple = std::tuple<double, double, double, double, double, bool>;
+
+template <class T>
+std::vector<T*> pointers(const Addresses& addresses) {
+  std::vector<T*> out(addresses.size());
+  for (size_t i = 0; i < out.size(); ++i) out[i] = reinterpret_cast<T*>(addresses[i]);
+  return out;
+}
+
+std::vector<DType> dtypes(const std::vector<int32_t>& codes) {
+  std::vector<DType> out(codes.size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (codes[i] < 0 || codes[i] >= gradloc::kNumDTypes) {
+      throw std::invalid_argument("dtype code " + std::to_string(codes[i]) + " is unknown");
+    }
+    out[i] = static_cast<DType>(codes[i]);
+  }
+  return out;
+}
+
+void check_length(const char* what, size_t length, size_t expected) {
+  if (length != expected) {
+    throw std::invalid_argument(std::string(what) + " has " + std::to_string(length) +
+                                " entries, expected " + std::to_string(expected));
+  }
+}
+
+gradloc::Grads make_grads(const gradloc::Work& work, const Addresses& data,
+                          const std::vector<int32_t>& codes) {
+  check_length("grads", data.size(), work.num_tensors());
+  check_length("grad_dtypes", codes.size(), work.num_tensors());
+  return {pointers<const void>(data), dtypes(codes)};
+}
+
+void take_norms(gradloc::Work& work, const Addresses& grads, const std::vector<int32_t>& codes,
+                uintptr_t out, int num_threads) {
+  const gradloc::Grads list = make_grads(work, grads, codes);
+  py::gil_scoped_release release;
+  gradloc::cpu::layer_norm_sq(work, list, reinterpret_cast<double*>(out), num_threads);
+}
+
+struct NormWork {
+  gradloc::Work work;
+};
+
+struct AdamWWork {
+  gradloc::Work work;
+  gradloc::AdamWTensors tensors;
+
+  AdamWWork(std::vector<int64_t> sizes, std::vector<int32_t> layers, int32_t num_layers,
+            const Addresses& params, const std::vector<int32_t>& param_dtypes,
+            const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
+            const Addresses& max_exp_avg_sqs, const Addresses& steps, std::vector<int32_t> groups)
+      : work(std::move(sizes), std::move(layers), num_layers),
+        tensors{pointers<void>(params),
+                dtypes(param_dtypes),
+                pointers<float>(exp_avgs),
+                pointers<float>(exp_avg_sqs),
+                pointers<float>(max_exp_avg_sqs),
+                pointers<float>(steps),
+                std::move(groups)} {
+    const size_t n = work.num_tensors();
+    check_length("params", params.size(), n);
+    check_length("param_dtypes", param_dtypes.size(), n);
+    check_length("exp_avgs", exp_avgs.size(), n);
+    check_length("exp_avg_sqs", exp_avg_sqs.size(), n);
+    check_length("max_exp_avg_sqs", max_exp_avg_sqs.size(), n);
+    check_length("steps", steps.size(), n);
+    check_length("groups", tensors.groups.size(), n);
+  }
+
+  void step(const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
+            const std::vector<GroupTuple>& group_tuples, const std::vector<double>& scales,
+            double clip_coef, uintptr_t norm_sq_out, int num_threads) {
+    const gradloc::Grads list = make_grads(work, grads, grad_dtypes);
+    check_length("scales", scales.size(), static_cast<size_t>(work.num_layers));
+    std::vector<gradloc::AdamWGroup> groups;
+    for (const auto& [lr, beta1, beta2, eps, weight_decay, maximize] : group_tuples) {
+      groups.push_back({lr, beta1, beta2, eps, weight_decay, maximize});
+    }
+    for (int32_t group : tensors.groups) {
+      if (group < 0 || static_cast<size_t>(group) >= groups.size()) {
+        throw std::invalid_argument("group " + std::to_string(group) + " has no hyperparameters");
+      }
+    }
+    py::gil_scoped_release release;
+    gradloc::cpu::adamw_step(work, tensors, list, groups, scales, clip_coef,
+                             reinterpret_cast<double*>(norm_sq_out), num_threads);
+  }
+};
+
+py::dict build_info() {
+  py::dict info;
+  info["simd"] = std::string(gradloc::cpu::kernels().name);
+  info["simd_available"] = gradloc::cpu::available_simd();
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["compiler"] = GRADLOC_COMPILER;
+#ifdef GRADLOC_CUDA
+  const gradloc::cuda::RuntimeReport report = gradloc::cuda::runtime_report();
+  info["cuda_compiled"] = report.compiled_version;
+  info["cuda_devices"] = report.num_devices;
+  info["cuda_status"] = report.status;
+#else
+  info["cuda_compiled"] = py::none();
+  info["cuda_devices"] = 0;
+  info["cuda_status"] = "built without a CUDA compiler";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of gradloc: addresses and sizes in, numbers out. Use gradloc.ops.";
+  m.attr("CHUNK_ELEMENTS") = gradloc::kChunkElements;
+
+  m.def("build_info", &build_info, "How the module was built and what runs on this machine.");
+  m.def("select_simd", &gradloc::cpu::select_simd, py::arg("name"),
+        "Force an instruction set: 'auto', 'avx512', 'avx2' or 'plain'.");
+
+  py::class_<NormWork>(m, "NormWork", "Tensors of which the layer norms are taken.")
+      .def(
+          py::init([](std::vector<int64_t> sizes, std::vector<int32_t> layers, int32_t num_layers) {
+            return NormWork{gradloc::Work(std::move(sizes), std::move(layers), num_layers)};
+          }),
+          py::arg("sizes"), py::arg("layers"), py::arg("num_layers"))
+      .def(
+          "norm_sq",
+          [](NormWork& self, const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
+             uintptr_t out,
+             int num_threads) { take_norms(self.work, grads, grad_dtypes, out, num_threads); },
+          py::arg("grads"), py::arg("grad_dtypes"), py::arg("out"), py::arg("num_threads"),
+          "Sums of squares by layer into `out`, float64 [num_layers].");
+
+  py::class_<AdamWWork>(m, "AdamWWork", "Tensors that an AdamW step updates.")
+      .def(py::init<std::vector<int64_t>, std::vector<int32_t>, int32_t, const Addresses&,
+                    const std::vector<int32_t>&, const Addresses&, const Addresses&,
+                    const Addresses&, const Addresses&, std::vector<int32_t>>(),
+           py::arg("sizes"), py::arg("layers"), py::arg("num_layers"), py::arg("params"),
+           py::arg("param_dtypes"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+           py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("groups"))
+      .def(
+          "norm_sq",
+          [](AdamWWork& self, const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
+             uintptr_t out,
+             int num_threads) { take_norms(self.work, grads, grad_dtypes, out, num_threads); },
+          py::arg("grads"), py::arg("grad_dtypes"), py::arg("out"), py::arg("num_threads"),
+          "Sums of squares by layer into `out`, float64 [num_layers].")
+      .def("step", &AdamWWork::step, py::arg("grads"), py::arg("grad_dtypes"), py::arg("groups"),
+           py::arg("scales"), py::arg("clip_coef"), py::arg("norm_sq_out"), py::arg("num_threads"),
+           "One AdamW step; `norm_sq_out` is 0 or the address of float64 [num_layers].");
+}

@@ -1,0 +1,43 @@
+"""Types of the compiled module; tests/test_stub.py holds this file to the module's own signatures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+CHUNK_ELEMENTS: int
+
+def build_info() -> dict[str, Any]: ...
+def select_simd(name: str) -> None: ...
+
+class NormWork:
+    def __init__(self, sizes: Sequence[int], layers: Sequence[int], num_layers: int) -> None: ...
+    def norm_sq(
+        self, grads: Sequence[int], grad_dtypes: Sequence[int], out: int, num_threads: int
+    ) -> None: ...
+
+class AdamWWork:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        layers: Sequence[int],
+        num_layers: int,
+        params: Sequence[int],
+        param_dtypes: Sequence[int],
+        exp_avgs: Sequence[int],
+        exp_avg_sqs: Sequence[int],
+        max_exp_avg_sqs: Sequence[int],
+        steps: Sequence[int],
+        groups: Sequence[int],
+    ) -> None: ...
+    def norm_sq(
+        self, grads: Sequence[int], grad_dtypes: Sequence[int], out: int, num_threads: int
+    ) -> None: ...
+    def step(
+        self,
+        grads: Sequence[int],
+        grad_dtypes: Sequence[int],
+        groups: Sequence[tuple[float, float, float, float, float, bool]],
+        scales: Sequence[float],
+        clip_coef: float,
+        norm_sq_out: int,
+        num_threads: int,
+    ) -> None: ...

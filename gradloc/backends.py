@@ -1,0 +1,97 @@
+"""Which backend updates which parameter: the compiled core where it can, plain torch elsewhere. Both have one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from gradloc import ops, reference
+from gradloc.reference import AdamWGroup
+
+
+class AdamWWork(Protocol):
+    """What a backend gives the optimizer for a fixed list of parameters."""
+
+    slots: tuple[ops.AdamWSlot, ...]
+
+    def gather(self, grads: Sequence[Tensor | None]) -> Any:
+        """Bring the gradients of `slots` into the form that the other two take."""
+
+    def norm_sq(self, grads: Any) -> Tensor:
+        """Sums of squares by layer, float64 [num_layers]."""
+
+    def step(
+        self,
+        grads: Any,
+        groups: Sequence[AdamWGroup],
+        scales: Sequence[float],
+        clip_coef: float,
+        *,
+        with_norms: bool,
+    ) -> Tensor | None:
+        """Update what has a gradient; return the sums of squares by layer if asked."""
+
+
+class ReferenceAdamW:
+    """The same work in plain torch, tensor by tensor: any device, float64, strided views."""
+
+    def __init__(self, slots: Sequence[ops.AdamWSlot], num_layers: int) -> None:
+        self.slots = tuple(slots)
+        self._num_layers = num_layers
+
+    def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients as they are."""
+        return list(grads)
+
+    def norm_sq(self, grads: list[Tensor | None]) -> Tensor:
+        """Sums of squares by layer, float64 [num_layers] on the gradients' device."""
+        return reference.layer_norm_sq(grads, [slot.layer for slot in self.slots], self._num_layers)
+
+    def step(
+        self,
+        grads: list[Tensor | None],
+        groups: Sequence[AdamWGroup],
+        scales: Sequence[float],
+        clip_coef: float,
+        *,
+        with_norms: bool,
+    ) -> Tensor | None:
+        """Update every parameter that has a gradient; return the sums of squares by layer if asked."""
+        norm_sq = self.norm_sq(grads) if with_norms else None
+        for slot, grad in zip(self.slots, grads, strict=True):
+            if grad is not None:
+                reference.adamw_step(
+                    slot.param,
+                    grad,
+                    slot.exp_avg,
+                    slot.exp_avg_sq,
+                    slot.max_exp_avg_sq,
+                    slot.step,
+                    group=groups[slot.group],
+                    lr_scale=scales[slot.layer],
+                    clip_coef=clip_coef,
+                )
+        return norm_sq
+
+
+def choose(
+    param: Tensor, fused: bool | None, name: str
+) -> type[ops.NativeAdamW] | type[ReferenceAdamW]:
+    """The backend for a parameter: None is automatic, True insists on the compiled core, False on plain torch.
+
+    Raises:
+        ValueError: fused=True for a parameter that the core cannot take.
+    """
+    if fused is False:
+        return ReferenceAdamW
+    if ops.runs_natively(param):
+        return ops.NativeAdamW
+    if fused:
+        raise ValueError(
+            f"fused=True, but parameter {name} (device={param.device}, dtype={param.dtype}, "
+            f"strides={param.stride()}) is not a dense float32, bfloat16 or float16 CPU tensor: "
+            "leave fused=None to update it with plain torch"
+        )
+    return ReferenceAdamW

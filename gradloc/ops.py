@@ -1,0 +1,182 @@
+"""The only file that calls the compiled module: tensors are checked here, and addresses cross from here.
+
+`NativeNorms` and `NativeAdamW` prepare a list of tensors once and then run on new gradients. They hold the tensors, so
+that no address outlives its memory. What can't run natively (other devices, float64, strided views) is for
+`gradloc.reference`; `runs_natively` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Before the compiled module, so that both use torch's OpenMP runtime: two runtimes in one process fight for the cores.
+import torch
+from torch import Tensor
+
+from gradloc import _C
+from gradloc.reference import AdamWGroup
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def build_info() -> dict[str, Any]:
+    """How the compiled module was built and what it runs on: instruction set, OpenMP, CUDA and its status."""
+    return dict(_C.build_info())
+
+
+def select_simd(name: str) -> None:
+    """Force an instruction set of the CPU backend: 'auto', 'avx512', 'avx2' or 'plain'.
+
+    Every one gives the same bits; this is for tests and measurements.
+
+    Raises:
+        ValueError: the build or the processor does not have it.
+    """
+    _C.select_simd(name)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(
+        (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def runs_natively(tensor: Tensor) -> bool:
+    """Whether the compiled core can work on this tensor in place."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in DTYPE_CODES
+        and tensor.layout == torch.strided
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and is_dense(tensor)
+    )
+
+
+class NativeNorms:
+    """Per-layer sums of squares over a fixed list of tensor shapes.
+
+    Args:
+        sizes: elements of each tensor.
+        layers: layer index of each tensor.
+        num_layers: number of layers.
+    """
+
+    def __init__(self, sizes: Sequence[int], layers: Sequence[int], num_layers: int) -> None:
+        self._work = _C.NormWork(list(sizes), list(layers), num_layers)
+        self._num_layers = num_layers
+
+    def norm_sq(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Sums of squares by layer, float64 [num_layers]; every gradient must pass `runs_natively`."""
+        out = torch.empty(self._num_layers, dtype=torch.float64)
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        codes = [0 if g is None else DTYPE_CODES[g.dtype] for g in grads]
+        self._work.norm_sq(addresses, codes, out.data_ptr(), torch.get_num_threads())
+        return out
+
+
+@dataclass(frozen=True)
+class AdamWSlot:
+    """One parameter that an optimizer updates, with its state."""
+
+    param: Tensor
+    exp_avg: Tensor  # same shape; dtype reference.compute_dtype(param.dtype)
+    exp_avg_sq: Tensor  # same shape and dtype as exp_avg
+    max_exp_avg_sq: Tensor | None  # the same, with amsgrad
+    step: Tensor  # float32, one element on the CPU
+    layer: int  # index of its layer
+    group: int  # index of its param group
+
+
+class NativeAdamW:
+    """AdamW over a fixed list of parameters in one pass of the compiled core.
+
+    Args:
+        slots: the parameters; each must pass `runs_natively`, with float32 moments of the same strides.
+        num_layers: number of layers.
+    """
+
+    def __init__(self, slots: Sequence[AdamWSlot], num_layers: int) -> None:
+        self.slots = tuple(slots)
+        self._strides = [slot.param.stride() for slot in slots]
+        self.addresses = [slot.param.data_ptr() for slot in slots]
+        self._num_layers = num_layers
+        self._work = _C.AdamWWork(
+            sizes=[slot.param.numel() for slot in slots],
+            layers=[slot.layer for slot in slots],
+            num_layers=num_layers,
+            params=self.addresses,
+            param_dtypes=[DTYPE_CODES[slot.param.dtype] for slot in slots],
+            exp_avgs=[slot.exp_avg.data_ptr() for slot in slots],
+            exp_avg_sqs=[slot.exp_avg_sq.data_ptr() for slot in slots],
+            max_exp_avg_sqs=[
+                0 if s.max_exp_avg_sq is None else s.max_exp_avg_sq.data_ptr() for s in slots
+            ],
+            steps=[slot.step.data_ptr() for slot in slots],
+            groups=[slot.group for slot in slots],
+        )
+
+    def gather(self, grads: Sequence[Tensor | None]) -> NativeGrads:
+        """Addresses of the gradients, in the memory order of their parameters (copied where it differs)."""
+        kept: list[Tensor | None] = []
+        addresses, codes = [], []
+        for grad, slot, strides in zip(grads, self.slots, self._strides, strict=True):
+            if grad is None:
+                kept.append(None)
+                addresses.append(0)
+                codes.append(0)
+                continue
+            if grad.stride() != strides and not (
+                grad.is_contiguous() and slot.param.is_contiguous()
+            ):
+                grad = torch.empty_strided(slot.param.shape, strides, dtype=grad.dtype).copy_(grad)
+            kept.append(grad)
+            addresses.append(grad.data_ptr() if grad.numel() else slot.param.data_ptr())
+            codes.append(DTYPE_CODES[grad.dtype])
+        return NativeGrads(kept, addresses, codes)
+
+    def norm_sq(self, grads: NativeGrads) -> Tensor:
+        """Sums of squares of the gradients by layer, float64 [num_layers]."""
+        out = torch.empty(self._num_layers, dtype=torch.float64)
+        self._work.norm_sq(grads.addresses, grads.codes, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def step(
+        self,
+        grads: NativeGrads,
+        groups: Sequence[AdamWGroup],
+        scales: Sequence[float],
+        clip_coef: float,
+        *,
+        with_norms: bool,
+    ) -> Tensor | None:
+        """Update every parameter that has a gradient; return the sums of squares by layer if asked."""
+        out = torch.empty(self._num_layers, dtype=torch.float64) if with_norms else None
+        self._work.step(
+            grads.addresses,
+            grads.codes,
+            [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups],
+            list(scales),
+            clip_coef,
+            0 if out is None else out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+@dataclass(frozen=True)
+class NativeGrads:
+    """Gradients of one step, kept alive with their addresses."""
+
+    tensors: list[Tensor | None]
+    addresses: list[int]  # 0: no gradient
+    codes: list[int]  # DTYPE_CODES

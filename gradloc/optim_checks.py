@@ -1,0 +1,130 @@
+"""What LocalizedAdamW refuses, and the words in which it says so. Changes nothing.
+
+The first words of the messages about hyperparameters are those of `torch.optim.AdamW`, so that code that looks for them
+finds them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradloc.layers import LayerMap
+from gradloc.ops import is_dense
+from gradloc.plan import LayerPlan
+
+
+def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
+    """The parameter's name, or where it stands."""
+    names = group.get("param_names")
+    if names:
+        return repr(names[index])
+    return f"{index} of param group {group_index} (shape {tuple(group['params'][index].shape)})"
+
+
+def check_options(
+    layers: LayerMap | None,
+    plan: LayerPlan | None,
+    max_grad_norm: float | None,
+    on_nonfinite: str | None,
+) -> None:
+    """Check the options that torch's AdamW does not have."""
+    if layers is not None and not isinstance(layers, LayerMap):
+        raise ValueError(f"layers={layers!r} is not a LayerMap: use LayerMap.from_model(model)")
+    if plan is not None and layers is None:
+        raise ValueError(
+            "plan= needs layers=: pass layers=LayerMap.from_model(model), the map that the plan was made for"
+        )
+    if plan is not None and not isinstance(plan, LayerPlan):
+        raise ValueError(
+            f"plan={plan!r} is not a LayerPlan: use a policy, or LayerPlan({{layer name: scale}})"
+        )
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm}: a positive number, or None for no clipping"
+        )
+    if on_nonfinite not in (None, "ignore", "skip", "raise"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'ignore', 'skip' or 'raise'")
+
+
+def check_lr(lr: Any) -> None:
+    """Check a learning rate, which schedulers change between steps."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
+    if not 0.0 <= float(lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}: lr is a finite number >= 0")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the hyperparameters of a param group."""
+    check_lr(group["lr"])
+    if not 0.0 <= group["eps"]:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}: eps is a number >= 0")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}: a pair of numbers, each in [0, 1)")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}: each is in [0, 1)")
+    if not 0.0 <= group["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}: a number >= 0")
+    for name in ("capturable", "differentiable"):
+        if group[name]:
+            raise ValueError(f"{name}=True is not supported: leave it False")
+
+
+def check_parameters(groups: list[dict[str, Any]]) -> None:
+    """Check that all parameters are real floats on one device and that no two share memory."""
+    ranges: list[tuple[int, int, str]] = []
+    first: tuple[torch.device, str] | None = None
+    for g, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            name = parameter_name(group, g, i)
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"parameter {name} has dtype={param.dtype}: only real floating-point parameters train "
+                    "(for complex ones, train torch.view_as_real of them)"
+                )
+            first = first or (param.device, name)
+            if param.device != first[0]:
+                raise ValueError(
+                    f"parameters on mixed devices: {first[1]} is on {first[0]}, {name} on {param.device}. "
+                    "Make one optimizer for each device"
+                )
+            if (
+                param.numel()
+                and param.layout == torch.strided
+                and param.data_ptr()
+                and is_dense(param)
+            ):
+                start = param.data_ptr()
+                ranges.append((start, start + param.numel() * param.element_size(), name))
+    ranges.sort()
+    for (_, end, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+        if start < end:
+            raise ValueError(
+                f"parameters {name} and {other} overlap in memory: an element would be updated twice. Pass tied "
+                "weights once, as one nn.Parameter"
+            )
+
+
+def check_grad(
+    grad: Tensor, param: Tensor, group: dict[str, Any], group_index: int, index: int
+) -> None:
+    """Check a gradient before a step."""
+    if grad.layout != torch.strided:
+        name = parameter_name(group, group_index, index)
+        raise ValueError(
+            f"the gradient of parameter {name} has layout={grad.layout}: AdamW does not support sparse gradients; "
+            "use sparse=False in the embedding, or torch.optim.SparseAdam for it"
+        )
+    if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
+        name = parameter_name(group, group_index, index)
+        raise ValueError(
+            f"the gradient of parameter {name} has shape={tuple(grad.shape)}, device={grad.device}, "
+            f"dtype={grad.dtype}; the parameter has shape={tuple(param.shape)}, device={param.device}, "
+            f"dtype={param.dtype}: call zero_grad() after a model was moved or changed"
+        )

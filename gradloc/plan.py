@@ -1,0 +1,111 @@
+"""LayerPlan: a learning-rate scale for every layer, 0 meaning frozen. Policies make plans; the optimizer obeys them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from gradloc.files import read_json, write_json
+
+_SCHEMA = "gradloc.plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Learning-rate scales by layer name.
+
+    Args:
+        scales: layer name -> scale, a finite number >= 0. A layer with scale s trains with learning rate lr·s; 0
+            freezes it: parameters, moments and step count stay bit for bit as they are.
+        policy: what made the plan, for people who read the file later.
+
+    Raises:
+        ValueError: a scale is negative or not finite, or there are no layers.
+    """
+
+    scales: Mapping[str, float]
+    policy: str = "by hand"
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise ValueError(
+                "scales is empty: a plan names every layer of the model (see LayerMap.names)"
+            )
+        scales = {}
+        for name, scale in self.scales.items():
+            value = float(scale)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(
+                    f"scales[{name!r}]={scale!r}: a scale is a finite number >= 0 (0 freezes the layer)"
+                )
+            scales[name] = value
+        object.__setattr__(self, "scales", MappingProxyType(scales))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the layers that train (scale > 0), in the plan's order."""
+        return tuple(name for name, scale in self.scales.items() if scale > 0)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the layers that don't."""
+        return tuple(name for name, scale in self.scales.items() if scale == 0)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check that the plan is about exactly these layers.
+
+        Raises:
+            ValueError: layers of the plan are unknown, or layers of the model are not named; both are listed.
+        """
+        expected = tuple(names)
+        known = set(expected)
+        unknown = [name for name in self.scales if name not in known]
+        missing = [name for name in expected if name not in self.scales]
+        if unknown or missing:
+            parts = []
+            if unknown:
+                parts.append(f"unknown layers {_shown(unknown)}")
+            if missing:
+                parts.append(f"layers without a scale {_shown(missing)}")
+            raise ValueError(
+                f"the plan does not fit the model: {'; '.join(parts)}. Make the plan from LayerMap.names of this "
+                f"model with the same granularity (the model has {len(expected)} layers, the plan {len(self.scales)})"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_json(
+            path,
+            {"policy": self.policy, "scales": dict(self.scales)},
+            schema=_SCHEMA,
+            version=_VERSION,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a plan.
+        """
+        body = read_json(path, schema=_SCHEMA, version=_VERSION)
+        if not isinstance(body.get("scales"), dict):
+            raise ValueError(f"{os.fspath(path)!r} has no scales: it is not a whole plan file")
+        return cls(scales=body["scales"], policy=str(body.get("policy", "unknown")))
+
+    def __str__(self) -> str:
+        return f"LayerPlan({len(self.active)} of {len(self.scales)} layers train; {self.policy})"
+
+    def __reduce__(self) -> tuple[type[LayerPlan], tuple[dict[str, float], str]]:
+        # A mappingproxy neither pickles nor deep-copies; the plan does.
+        return LayerPlan, (dict(self.scales), self.policy)
+
+
+def _shown(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

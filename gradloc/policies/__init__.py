@@ -1,0 +1,18 @@
+"""Ways of choosing layers, one file each: functions from a profile or names to a LayerPlan."""
+
+from gradloc.policies.all_layers import AllLayers
+from gradloc.policies.policy import LayerNames, Policy, needs_profile, retrace_every
+from gradloc.policies.random_layers import RandomLayers
+from gradloc.policies.retrace import Retrace
+from gradloc.policies.traced import TracedGradientPolicy
+
+__all__ = [
+    "AllLayers",
+    "LayerNames",
+    "Policy",
+    "RandomLayers",
+    "Retrace",
+    "TracedGradientPolicy",
+    "needs_profile",
+    "retrace_every",
+]

@@ -1,0 +1,31 @@
+"""Probes: texts of which only a salient span is scored.
+
+Readers, tokenisation and the synthetic world; no models.
+"""
+
+from gradloc.probes.ecbd import definitions, read_ecbd
+from gradloc.probes.encode import encode_probe, probe_batches
+from gradloc.probes.probe import Probe, ProbeFormatError, by_kind, probe_texts
+from gradloc.probes.read import read_probes
+from gradloc.probes.spans import read_spans, write_spans
+from gradloc.probes.templama import read_templama, templama_dates
+from gradloc.probes.world import TemporalWorld
+from gradloc.probes.world_facts import Fact
+
+__all__ = [
+    "Fact",
+    "Probe",
+    "ProbeFormatError",
+    "TemporalWorld",
+    "by_kind",
+    "definitions",
+    "encode_probe",
+    "probe_batches",
+    "probe_texts",
+    "read_ecbd",
+    "read_probes",
+    "read_spans",
+    "read_templama",
+    "templama_dates",
+    "write_spans",
+]

@@ -1,0 +1,172 @@
+"""Turns probes into batches for a causal language model, with labels on the spans' tokens only.
+
+Reads no files and runs no model. Labels are Hugging Face's: `labels[i]` is `input_ids[i]` where
+that token is scored and -100 elsewhere; the model itself shifts them by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradloc.probes.probe import Probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of tokens that are not scored, as torch's cross entropy has it."""
+
+
+def encode_probe(
+    probe: Probe, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    """Tokenise a probe and label the tokens of its spans.
+
+    The whole text is tokenised once, with the special tokens that the tokenizer adds by itself, so
+    that the span has the tokens that it has in running text. A token is labelled when it covers at
+    least one character of a span that is not a space: a token's own leading space counts for
+    nothing, all the tokens of one non-ASCII character are labelled, and a token that straddles the
+    span's edge is too. Tokens after the last span are cut off, because they cannot influence a
+    causal loss. A text that is longer than `max_length` loses its beginning (special tokens at the
+    start stay). A span at the very start gets the beginning-of-sequence token (or the
+    end-of-sequence token, where there is none) before it, since nothing else predicts its first
+    token.
+
+    Args:
+        probe: what to encode.
+        tokenizer: a fast tokenizer: only those know which characters a token covers.
+        max_length: the most tokens, at least 2.
+
+    Returns:
+        "input_ids" and "labels", lists of the same length, at most `max_length`.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one, the spans do not fit in `max_length` with one
+            token before them, no token covers a span, or a span stands at the start and the
+            tokenizer has neither bos nor eos.
+    """
+    _check(tokenizer, max_length)
+    encoding = tokenizer(
+        probe.text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False
+    )
+    ids = list(encoding["input_ids"])
+    labelled = _labelled(probe, encoding["offset_mapping"])
+    num_leading = 0
+    for special in encoding["special_tokens_mask"]:
+        if not special:
+            break
+        num_leading += 1
+
+    first, last = labelled.index(True), len(labelled) - 1 - labelled[::-1].index(True)
+    ids, labelled = ids[: last + 1], labelled[: last + 1]
+    if first == 0:
+        start_id = tokenizer.bos_token_id
+        if start_id is None:
+            start_id = tokenizer.eos_token_id
+        if start_id is None:
+            raise ValueError(
+                f"{probe.source}: the span is at the start of the text, where no token predicts "
+                "it, and the tokenizer "
+                "has neither bos_token nor eos_token: set one, or put text before the span"
+            )
+        ids, labelled = [start_id, *ids], [False, *labelled]
+        first, num_leading = 1, 1
+
+    if len(ids) > max_length:
+        needed = len(ids) - first + max(num_leading, 1)
+        if needed > max_length:
+            raise ValueError(
+                f"{probe.source}: max_length={max_length}, but the span and what must stand "
+                f"before it take {needed} "
+                f"tokens: choose max_length >= {needed} or leave the probe out"
+            )
+        cut = len(ids) - (max_length - num_leading)
+        ids = ids[:num_leading] + ids[cut:]
+        labelled = labelled[:num_leading] + labelled[cut:]
+    labels = [token if scored else IGNORED for token, scored in zip(ids, labelled, strict=True)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def probe_batches(
+    probes: Iterable[Probe],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> list[dict[str, torch.Tensor]]:
+    """Encode probes and stack them, in their order, into batches.
+
+    Args:
+        probes: what to encode.
+        tokenizer: a fast tokenizer.
+        batch_size: probes a batch; the last one may hold fewer.
+        max_length: the most tokens a probe.
+
+    Returns:
+        Dicts of int64 tensors [batch, longest]: "input_ids" (padded on the right), "attention_mask"
+        (1 for tokens, 0 for padding), "labels" (-100 outside the spans and on padding).
+
+    Raises:
+        ValueError: batch_size below 1, or what `encode_probe` raises.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    _check(tokenizer, max_length)
+    encoded = [encode_probe(probe, tokenizer, max_length) for probe in probes]
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        # The attention mask hides padding, so any valid token serves.
+        pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    return [
+        _stack(encoded[start : start + batch_size], pad_id)
+        for start in range(0, len(encoded), batch_size)
+    ]
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer, so the characters of "
+            "a token are unknown: "
+            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length}: must be at least 2, a token and one before it")
+
+
+def _labelled(probe: Probe, offsets: list[tuple[int, int]]) -> list[bool]:
+    """Say for each token whether it covers a character of a span that is not a space."""
+    inside = bytearray(len(probe.text))
+    for start, end in probe.spans:
+        for position in range(start, end):
+            inside[position] = not probe.text[position].isspace()
+    labelled = [any(inside[start:end]) for start, end in offsets]
+    for start, end in probe.spans:
+        if not any(
+            scored and token_start < end and token_end > start
+            for scored, (token_start, token_end) in zip(labelled, offsets, strict=True)
+        ):
+            raise ValueError(
+                f"{probe.source}: no token covers the span {probe.text[start:end]!r} at [{start}, "
+                f"{end}]: the tokenizer "
+                "drops these characters or gives no offsets; upgrade tokenizers or use another "
+                "tokenizer"
+            )
+    return labelled
+
+
+def _stack(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    shape = (len(rows), longest)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[index, :length] = torch.tensor(row["input_ids"], dtype=torch.int64)
+        attention_mask[index, :length] = 1
+        labels[index, :length] = torch.tensor(row["labels"], dtype=torch.int64)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

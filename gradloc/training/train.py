@@ -1,0 +1,363 @@
+"""train: continue the training of a causal language model on the layers of a plan.
+
+Hugging Face Trainer runs the loop, the checkpoints and the resuming; this file chooses the plan,
+starts the Trainer and saves what came out. Reading corpora is in `gradloc.training.corpus`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradloc.files import replacing_folder, write_json
+from gradloc.layers import LayerMap
+from gradloc.plan import LayerPlan
+from gradloc.policies import Policy, needs_profile, retrace_every
+from gradloc.profile import GradientProfile
+from gradloc.trace import trace_gradients
+from gradloc.training import run_folder
+from gradloc.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gradloc.training.callback import LocalizationCallback
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run produced.
+
+    Args:
+        folder: the trained model and tokenizer, for `from_pretrained`.
+        plan: the plan in force at the end.
+        profile: the profile that it came from, if the run had or traced one.
+        num_steps: optimizer steps of the whole run, resumed parts included.
+        num_skipped_steps: steps left out because a gradient was not finite, since the last resume.
+        final_loss: the training loss of the last log line, in nats a token; None without any.
+        optimizer_bytes: bytes of AdamW's moments at the end.
+        seconds: of training in this process, with tracing and checkpoints.
+    """
+
+    folder: Path
+    plan: LayerPlan
+    profile: GradientProfile | None
+    num_steps: int
+    num_skipped_steps: int
+    final_loss: float | None
+    optimizer_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What to trace with: the arguments of `trace_gradients` that a run repeats.
+
+    Args:
+        probes: batches, or {kind: batches}; lists, as re-tracing reads them again.
+        reference: batches of ordinary text.
+        reference_loss: "all", "matched-spans", or both.
+    """
+
+    probes: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]]
+    reference: Sequence[Mapping[str, Any]]
+    reference_loss: str | Sequence[str] = "all"
+
+
+def train(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    config: TrainConfig,
+    *,
+    layers: LayerMap | None = None,
+    plan: LayerPlan | None = None,
+    policy: Policy | None = None,
+    profile: GradientProfile | None = None,
+    tracing: Tracing | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train the layers of a plan.
+
+    The plan is `plan`, or what `policy` makes of `profile`, or of a profile that is traced first.
+    A policy whose `retrace_every` is set chooses again during the run, and traces again if it needs
+    a profile. The model is trained in place, on the device that the Trainer chooses.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: saved beside the model; None: not.
+        dataset: rows of `input_ids` and `labels` of one length, such as `packed_corpus` makes.
+        config: settings of the run.
+        layers: the model's layers; None: `LayerMap.from_model(model)`.
+        plan: a plan that stays.
+        policy: chooses the plan; not together with `plan`.
+        profile: for the policy; None: traced where the policy needs one.
+        tracing: what to trace with, where something is traced.
+        resume: go on from the last complete checkpoint in `config.output`, with its plan. The
+            settings must be the earlier ones; the parameters at the end are those of a run that was
+            never interrupted.
+        overwrite: remove an earlier run in `config.output` first.
+        about: what training.json should also say, such as the name of the model.
+
+    Returns:
+        What came out; the files are described in `gradloc.training.run_folder`.
+
+    Raises:
+        ValueError: neither plan nor policy or both; a plan, profile or policy that does not fit;
+            `config.output` holds a run already, or nothing to resume; settings that differ from
+            those of the run to resume. Nothing has been changed then.
+        OSError: `config.output` cannot be written.
+    """
+    layer_map = LayerMap.from_model(model) if layers is None else layers
+    _check_choice(layer_map, plan, policy, profile, tracing)
+    output = Path(config.output)
+    checkpoint = run_folder.open_run_folder(output, resume=resume, overwrite=overwrite)
+    settings = {
+        **config.decisive(),
+        "choice": _name(policy) if plan is None else f"plan: {plan.policy}",
+        "layers": _digest("\n".join(layer_map.names).encode()),
+        "corpus": _dataset_digest(dataset),
+    }
+    if checkpoint is not None:
+        run_folder.check_settings(output, settings)
+
+    from gradloc.training.callback import PLAN_FILE, PROFILE_FILE, LocalizationCallback
+
+    started = time.monotonic()
+    arguments = _training_arguments(config)
+    model.to(arguments.device)
+
+    def trace(traced: torch.nn.Module, step: int) -> GradientProfile:
+        assert tracing is not None
+        # A re-trace runs inside Trainer's autocast; the first trace measures under the same.
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.bf16):
+            return trace_gradients(
+                traced,
+                tracing.probes,
+                tracing.reference,
+                layers=layer_map,
+                reference_loss=tracing.reference_loss,
+                seed=config.seed,
+                progress=config.progress,
+                step=step,
+            )
+
+    if checkpoint is not None:
+        chosen = LayerPlan.load(checkpoint / PLAN_FILE)
+        saved = next((f for f in (checkpoint, output) if (f / PROFILE_FILE).is_file()), None)
+        profile = GradientProfile.load(saved / PROFILE_FILE) if saved is not None else profile
+        if plan is not None and dict(plan.scales) != dict(chosen.scales):
+            raise ValueError(
+                f"the plan given differs from that of {str(checkpoint)!r}: resume with the same one"
+            )
+    elif plan is not None:
+        chosen = plan
+    else:
+        assert policy is not None
+        if needs_profile(policy) and profile is None:
+            profile = trace(model, 0)
+        source: Any = profile if needs_profile(policy) else layer_map
+        chosen = policy(source, step=0)
+    localization = LocalizationCallback(
+        layer_map,
+        chosen,
+        policy=policy,
+        trace=None if tracing is None else trace,
+        log_layer_norms=config.log_layer_norms,
+    )
+    localization.profile = profile
+
+    if checkpoint is not None:
+        run_folder.remove_later_checkpoints(checkpoint)
+    elif arguments.should_save:
+        if overwrite:
+            run_folder.clear_run_folder(output)
+        run_folder.start_record(output, settings, about or {})
+        _save_choice(output, localization)
+    with _keeping_requires_grad(model):
+        trainer = _run(model, tokenizer, dataset, config, arguments, localization, checkpoint)
+    return _finish(trainer, tokenizer, output, settings, about or {}, time.monotonic() - started)
+
+
+def _check_choice(
+    layers: LayerMap,
+    plan: LayerPlan | None,
+    policy: Policy | None,
+    profile: GradientProfile | None,
+    tracing: Tracing | None,
+) -> None:
+    if (plan is None) == (policy is None):
+        raise ValueError(
+            "give either plan or policy: a plan by hand, or a policy that chooses the layers "
+            "(AllLayers() trains everything)"
+        )
+    if plan is not None:
+        plan.check(layers.names)
+    if profile is not None:
+        profile.check(layers)
+    if policy is not None and needs_profile(policy) and tracing is None:
+        if retrace_every(policy) is not None:
+            raise ValueError(
+                "the policy traces again during the run: give probes and reference batches "
+                "(tracing)"
+            )
+        if profile is None:
+            raise ValueError(
+                "the policy needs a profile: give one, or probes and reference batches (tracing)"
+            )
+
+
+def _training_arguments(config: TrainConfig) -> Any:
+    from transformers import TrainingArguments
+
+    cuda = config.device == "auto" and torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(config.output),
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.eps,
+        max_grad_norm=0.0,  # LocalizedAdamW clips, over the active layers
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.lr_scheduler,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        bf16=config.bf16,
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not finite should be seen
+        disable_tqdm=not config.progress,
+        report_to="none",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def _run(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    config: TrainConfig,
+    arguments: Any,
+    localization: LocalizationCallback,
+    checkpoint: Path | None,
+) -> Any:
+    from transformers import PrinterCallback, default_data_collator
+
+    from gradloc.training.localized_trainer import LocalizedTrainer
+
+    trainer = LocalizedTrainer(
+        localization=localization,
+        max_grad_norm=config.max_grad_norm,
+        freeze_requires_grad=config.freeze_requires_grad,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    if not config.progress:
+        trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
+
+
+def _finish(
+    trainer: Any,
+    tokenizer: Any,
+    output: Path,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    seconds: float,
+) -> TrainResult:
+    from gradloc.training.callback import localized_optimizer
+
+    localization = trainer.localization
+    optimizer = localized_optimizer(trainer.optimizer)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = TrainResult(
+        folder=output / "final",
+        plan=localization.plan,
+        profile=localization.profile,
+        num_steps=trainer.state.global_step,
+        num_skipped_steps=optimizer.num_skipped_steps,
+        final_loss=log[-1]["loss"] if log else None,
+        optimizer_bytes=optimizer.state_bytes(),
+        seconds=seconds,
+    )
+    if not trainer.is_world_process_zero():
+        return result
+    _save_choice(output, localization)
+    with replacing_folder(result.folder) as folder:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    content = {
+        "status": "finished",
+        "settings": dict(settings),
+        "about": dict(about),
+        "num_steps": result.num_steps,
+        "num_skipped_steps": result.num_skipped_steps,
+        "num_layers": len(result.plan.scales),
+        "active_layers": list(result.plan.active),
+        "optimizer_bytes": result.optimizer_bytes,
+        "seconds": round(seconds, 3),
+        # JSON has neither nan nor inf: null says that a value was not finite.
+        "log": [
+            {key: value if abs(value) < float("inf") else None for key, value in entry.items()}
+            for entry in log
+        ],
+    }
+    write_json(
+        output / "training.json", content, schema=run_folder.SCHEMA, version=run_folder.VERSION
+    )
+    return result
+
+
+def _save_choice(output: Path, localization: LocalizationCallback) -> None:
+    localization.plan.save(output / "plan.json")
+    if localization.profile is not None:
+        localization.profile.save(output / "profile.json")
+
+
+@contextmanager
+def _keeping_requires_grad(model: torch.nn.Module) -> Iterator[None]:
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _name(policy: Any) -> str:
+    """Dataclass policies say their settings; a function is known by its name."""
+    return str(getattr(policy, "__qualname__", None) or repr(policy))
+
+
+def _digest(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
+
+
+def _dataset_digest(dataset: Any) -> str:
+    """The size and up to 64 rows, evenly spread: enough to notice another corpus."""
+    count = len(dataset)
+    rows = [dataset[index]["input_ids"] for index in range(0, count, max(1, count // 64))]
+    return f"{count} blocks, {_digest(repr([[int(t) for t in row] for row in rows]).encode())}"
