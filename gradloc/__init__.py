@@ -1,4 +1,4 @@
-"""gradloc: find the layers of a language model that react to new and changed knowledge, and train just those.
+"""gradloc: find the layers that react to new and changed knowledge, and train just those.
 
 The public names; everything else is found from README.md's file map.
 """

@@ -1,4 +1,4 @@
-"""Which backend updates which parameter: the compiled core where it can, plain torch elsewhere. Both have one shape."""
+"""Which backend updates which parameter: the compiled core where it can, else plain torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ReferenceAdamW:
         *,
         with_norms: bool,
     ) -> Tensor | None:
-        """Update every parameter that has a gradient; return the sums of squares by layer if asked."""
+        """Update what has a gradient; return the sums of squares by layer if asked."""
         norm_sq = self.norm_sq(grads) if with_norms else None
         for slot, grad in zip(self.slots, grads, strict=True):
             if grad is not None:
@@ -79,7 +79,7 @@ class ReferenceAdamW:
 def choose(
     param: Tensor, fused: bool | None, name: str
 ) -> type[ops.NativeAdamW] | type[ReferenceAdamW]:
-    """The backend for a parameter: None is automatic, True insists on the compiled core, False on plain torch.
+    """The backend for a parameter: None is automatic, True is the core, False plain torch.
 
     Raises:
         ValueError: fused=True for a parameter that the core cannot take.

@@ -1,8 +1,8 @@
 """Files that are written whole or not at all.
 
-Everything gradloc writes goes through here: the content goes to a temporary name beside the target and is renamed
-over it at the end, so that a crash, a full disk or a kill leaves the old file as it was. Says nothing about what the
-files mean; `GradientProfile` and `LayerPlan` do.
+Everything gradloc writes goes through here: the content goes to a temporary name beside the target
+and is renamed over it at the end, so that a crash, a full disk or a kill leaves the old file as it
+was. Says nothing about what the files mean; `GradientProfile` and `LayerPlan` do.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it over `path` when the block ends without an error.
+    """Give a temporary path beside `path`; rename it over `path` if the block ends well.
 
     Args:
-        path: the file to write. Missing parent folders are made. The temporary name keeps the suffix, because
-            writers such as matplotlib choose the format by it.
+        path: the file to write. Missing parent folders are made. The temporary name keeps the
+            suffix, because writers such as matplotlib choose the format by it.
 
     Raises:
         OSError: the folder cannot be made or written, with what to do about it.
@@ -37,7 +37,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes the file private; a file that a user asked for has the rights that open() would give it.
+        # mkstemp makes the file private; a file that a user asked for has the rights that open()
+        # would give it.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -68,7 +69,8 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
         if target.exists():
-            # Two renames: between them the old content has another name, but it is never gone before the new is there.
+            # Two renames: between them the old content has another name, but it is never gone
+            # before the new is there.
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(old / target.name)
             temporary.replace(target)
@@ -133,6 +135,7 @@ def read_json(path: str | os.PathLike[str], *, schema: str, version: int) -> dic
         )
     if not isinstance(body.get("version"), int) or body["version"] > version:
         raise ValueError(
-            f"{str(source)!r} has version={body.get('version')!r}; this gradloc reads up to {version}: upgrade gradloc"
+            f"{str(source)!r} has version={body.get('version')!r}; this gradloc reads up to "
+            f"{version}: upgrade gradloc"
         )
-    return body
+    return dict(body)

@@ -10,10 +10,10 @@ from gradloc.layers import LayerMap
 
 
 def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
-    """2-norm of the gradient of each layer: `N_l = sqrt(sum over the layer's tensors and elements of g²)`.
+    """2-norm of each layer's gradient: `N_l = sqrt(sum over its tensors and elements of g²)`.
 
-    Sums are accumulated in float64, so that neither float16 gradients overflow nor small layers vanish. The same bits
-    come out for any number of threads.
+    Sums are accumulated in float64, so that neither float16 gradients overflow nor small layers
+    vanish. The same bits come out for any number of threads.
 
     Args:
         model: the model whose parameters have gradients; a gradient that is None counts as 0.
@@ -31,7 +31,8 @@ def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
     for (name, _, _), grad in zip(found, grads, strict=True):
         if grad is not None and grad.layout != torch.strided:
             raise ValueError(
-                f"the gradient of parameter {name!r} has layout={grad.layout}: use sparse=False in the embedding"
+                f"the gradient of parameter {name!r} has layout={grad.layout}: use sparse=False "
+                "in the embedding"
             )
     if all(grad is None or ops.runs_natively(grad) for grad in grads):
         sizes = [0 if grad is None else grad.numel() for grad in grads]

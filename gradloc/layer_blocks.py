@@ -1,6 +1,6 @@
-"""Cut one block into its layers: attention, MLP, other mixers, and which of them each norm belongs to.
+"""Cut one block into its layers: attention, MLP, other mixers, each with its norms.
 
-A block is looked at alone; where blocks are in a model, and what stands outside them, is `layer_discovery.py`.
+A block is looked at alone. Where blocks are, and what stands outside, is `layer_discovery.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gradloc import layer_kinds as kinds
 
 @dataclass(frozen=True)
 class Region:
-    """The layer (granularity "submodule") that the parameters at one place of the module tree belong to.
+    """The layer (granularity "submodule") of the parameters at one place of the module tree.
 
     Attributes:
         layer: its name.
@@ -56,9 +56,15 @@ class _Contents:
 
     sublayers: list[Sublayer] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)  # lower-case name -> path
-    loose: dict[str, str] = field(default_factory=dict)  # matrices of the block itself, the same way
-    inner: dict[str, Region] = field(default_factory=dict)  # regions found in blocks within the block
-    parts: set[str] = field(default_factory=set)  # paths of modules without children among the sublayers
+    loose: dict[str, str] = field(
+        default_factory=dict
+    )  # matrices of the block itself, the same way
+    inner: dict[str, Region] = field(
+        default_factory=dict
+    )  # regions found in blocks within the block
+    parts: set[str] = field(
+        default_factory=set
+    )  # paths of modules without children among the sublayers
 
 
 def cut_block(path: str, block: nn.Module, own: Region) -> dict[str, Region]:
@@ -79,7 +85,9 @@ def cut_block(path: str, block: nn.Module, own: Region) -> dict[str, Region]:
     sublayers = contents.sublayers
     whole = kinds.class_kind(block)
     if whole is not None and not contents.inner and all(sub.kind == "other" for sub in sublayers):
-        return {path: replace(own, kind=whole)}  # the list holds the sublayers themselves, as in XLM
+        return {
+            path: replace(own, kind=whole)
+        }  # the list holds the sublayers themselves, as in XLM
 
     joined = _join_mixture(contents)  # path -> path of the sublayer that it is a part of
     leftover = []
@@ -161,7 +169,7 @@ def _is_block(core: nn.Module) -> bool:
 
 
 def _join_mixture(contents: _Contents) -> dict[str, str]:
-    """Make one MLP of router, experts and shared expert, and give gates and scales to what they act on."""
+    """Make one MLP of router and experts, and give gates and scales to what they act on."""
     joined: dict[str, str] = {}
     for kind in ("attention", "mlp"):
         alike = [sub for sub in contents.sublayers if sub.kind == kind]
@@ -181,14 +189,14 @@ def place_norms(
 ) -> dict[str, int]:
     """Which sublayer each norm of a block belongs to.
 
-    It is the one whose input the norm scales or, with post-norms, whose output. The order of definition is not the order
-    of execution (Llama defines both norms last), so names decide, and where they don't, the k-th norm goes to the k-th
-    sublayer that has none yet.
+    It is the one whose input the norm scales or, with post-norms, whose output. The order of
+    definition is not the order of execution (Llama defines both norms last), so names decide, and
+    where they don't, the k-th norm goes to the k-th sublayer that has none yet.
 
     Args:
         norms: lower-case names, in the order of definition.
         sublayers: the others first, then the MLPs; not empty.
-        leftover: names of the block's own matrices; a norm that is named after one stays with the block.
+        leftover: names of the block's own matrices; a norm named after one stays with the block.
 
     Returns:
         Norm name -> position in `sublayers`.
@@ -210,19 +218,19 @@ def place_norms(
     placed: dict[str, int] = {}
     unnamed = []
     for norm in norms:
-        named = [i for i in every if sublayers[i].name in norm]
+        named = [i for i in every if re.search(rf"(^|_){re.escape(sublayers[i].name)}(_|$)", norm)]
         if re.search(r"post_?self_?att", norm):
             placed[norm] = mixer  # GLM-4 has a post_attention norm in front of the MLP besides
         elif re.search(r"post_?att", norm):
-            # In front of the MLP as in Llama, unless another norm stands there (Gemma 2) or attention has none
-            # in front (OLMo 2): then it scales what attention gives.
+            # In front of the MLP as in Llama, unless another norm stands there (Gemma 2) or
+            # attention has none in front (OLMo 2): then it scales what attention gives.
             on_output = before_mlp or (after_mlp and not before_mixer)
             placed[norm] = mixer if on_output else mlp
         elif crosses and kinds.CROSS_ATTENTION.search(norm):
             placed[norm] = crosses[0]
         elif re.search(r"(pre|post)_?(mlp|ff|feed|moe)", norm) or norm.startswith("final"):
             placed[norm] = mlp
-        elif norm.startswith("input"):
+        elif re.match(r"([qkv]_)?input", norm):
             placed[norm] = mixer
         elif named:
             placed[norm] = max(named, key=lambda i: len(sublayers[i].name))
@@ -231,13 +239,15 @@ def place_norms(
         else:
             unnamed.append(norm)
     taken = set(placed.values()) | {i for i in every if sublayers[i].normalises_input}
-    free = [i for i in every if i not in taken] or list(every)
-    k = 0
+    free = [i for i in every if i not in taken] or [len(sublayers) - 1]
+    ordered = []
     for norm in unnamed:
         about = re.sub(r"^(pre|post)_|_?(layer_?)?norm$", "", norm)
         if norm.startswith("pre_ln"):  # RWKV's first block has it besides the usual two
             placed[norm] = mixer
         elif not about or not any(about in name for name in leftover):
-            placed[norm] = free[min(k, len(free) - 1)]
-            k += 1
+            ordered.append(norm)
+    for k, norm in enumerate(ordered):
+        # With more norms than sublayers each sublayer has one in front and one behind.
+        placed[norm] = free[k * len(free) // max(len(ordered), len(free))]
     return placed

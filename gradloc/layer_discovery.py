@@ -1,7 +1,7 @@
-"""Find the layers of a whole model: its stacks of blocks, what stands outside them, and a reader's order.
+"""Find the layers of a whole model: stacks of blocks, what stands outside, a reader's order.
 
-It runs no forward pass and keeps no reference to the model. What one block consists of is `layer_blocks.py`;
-granularity, patterns and look-ups are LayerMap's business in `layers.py`.
+It runs no forward pass and keeps no reference to the model. What one block consists of is
+`layer_blocks.py`; granularity, patterns and look-ups are LayerMap's business in `layers.py`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def place_parameters(model: nn.Module) -> list[Placed]:
         model: any module.
 
     Returns:
-        Each parameter object once, in the order in which a reader expects the layers: embeddings, the blocks in
-        order (attention before MLP), the final norm, the head.
+        Each parameter object once, in the order in which a reader expects the layers: embeddings,
+        the blocks in order (attention before MLP), the final norm, the head.
     """
     stacks = _find_stacks(model)
     regions: dict[str, Region] = {}
@@ -82,7 +82,9 @@ def _find_stacks(model: nn.Module) -> list[_Stack]:
 def _walk_stacks(
     module: nn.Module, path: str, container: type[nn.Module], seen: set[int]
 ) -> Iterator[_Stack]:
-    if id(module) in seen:  # reachable twice: it is where it is defined first, as in named_parameters
+    if (
+        id(module) in seen
+    ):  # reachable twice: it is where it is defined first, as in named_parameters
         return
     seen.add(id(module))
     if isinstance(module, container):
@@ -111,7 +113,7 @@ def _inside_region(name: str, regions: Mapping[str, Region]) -> Region | None:
 
 
 def _outside_region(name: str, modules: Mapping[str, nn.Module], heads: set[int]) -> Region:
-    """The layer of a parameter in no block: the module that owns it, or the one that peft adapted."""
+    """The layer of a parameter in no block: the module that owns it, or that peft adapted."""
     path = name.rpartition(".")[0]
     steps = path.split(".")
     for length in range(1, len(steps)):
@@ -136,7 +138,10 @@ def _output_embeddings(model: nn.Module) -> set[int]:
         return set()
     try:
         head = get()
-    except (NotImplementedError, AttributeError):  # the method is inherited by models without a head
+    except (
+        NotImplementedError,
+        AttributeError,
+    ):  # the method is inherited by models without a head
         return set()
     if not isinstance(head, nn.Module) or isinstance(kinds.unwrapped(head), nn.Embedding):
         return set()
@@ -149,14 +154,17 @@ def _in_reading_order(
     rank: Mapping[str, int],
     head_paths: Sequence[str],
 ) -> list[Placed]:
-    """Sort by layer: what stands before a stack, its blocks, what stands after it; the head last."""
+    """Sort by layer: what stands before a stack, its blocks, what stands after; then heads."""
     if not stacks:
         return placed
     first: dict[str, int] = {}  # layer -> where it is defined
     for position, item in enumerate(placed):
         first.setdefault(item.region.layer, position)
     starts = [
-        min((first[item.region.layer] for item in placed if item.region.stack == stack.path), default=0)
+        min(
+            (first[item.region.layer] for item in placed if item.region.stack == stack.path),
+            default=0,
+        )
         for stack in stacks
     ]
 

@@ -1,7 +1,7 @@
-"""Tell what a module is (attention, MLP, norm, embedding, a plain Linear) from its name, class and children.
+"""Tell what a module is (attention, MLP, norm, head, ...) from its name, class and children.
 
-No model is known by name here, and nothing is said about where a module's parameters go: that is
-`layer_blocks.py` inside a block and `layer_discovery.py` outside.
+No model is known by name here, and where a module's parameters go is decided elsewhere: in
+`layer_blocks.py` inside a block, in `layer_discovery.py` outside.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIXTURE_PART = re.compile(r"moe|expert|router|^gate$|shared")
 PROJECTION = re.compile(r"^(w?qkv|w?[qkvo]|query|key|value|query_key_value)(_?proj\w*)?$")
 
 _STATE_SPACE = re.compile(r"mamba|ssm")
-# Families carry "Moe" in the class of every module, a Mamba mixer's too, so that only the end counts.
+# Families carry "Moe" in the class of every module, a Mamba mixer too: only the end counts.
 _MLP_CLASS = re.compile(r"mlp|ffn|ffw|feedforward|moe(block|layer)?$|experts|router|dense\w*dense")
 _LINEAR_CLASS = re.compile(r"^conv1d$|linear(\d*bit\w*|_\w+)?$")  # transformers' Conv1D is a Linear
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$")
@@ -42,7 +42,7 @@ def sublayer_kind(name: str, module: nn.Module | None = None) -> str | None:
 
 
 def class_kind(module: nn.Module) -> str | None:
-    """"attention", "mlp" or None, from the class alone."""
+    """The kind "attention" or "mlp" by the class alone, None if it is neither."""
     cls = class_name(module)
     if "attention" in cls or "attn" in cls:
         return "attention"
@@ -62,16 +62,17 @@ def outside_kind(name: str, core: nn.Module, *, is_head: bool, heads_known: bool
 
 
 def is_norm(name: str, core: nn.Module) -> bool:
-    """Whether a module is a norm, a list of norms, or a norm with a gate of its own (named and classed as a norm)."""
+    """Whether a module is a norm, a list of norms, or a norm with parts (named and classed as one)."""
     if isinstance(core, nn.ModuleList):
-        return bool(NORM.search(name)) and len(core) > 0 and all(is_norm(name, one) for one in core)
+        norms = [is_norm(name, one) for one in core]
+        return NORM.search(name) is not None and len(norms) > 0 and all(norms)
     classed = "norm" in class_name(core)
     named = NORM.search(name) is not None
     return (classed or named) and not is_linear(core) and (is_leaf(core) or (classed and named))
 
 
 def normalises_input(module: nn.Module) -> bool:
-    """Whether a sublayer brings the norm of its own input with it (Megatron-BERT's attention does)."""
+    """Whether a sublayer contains the norm in front of it, as Megatron-BERT's attention does."""
     children = [name.lower() for name, _ in module.named_children()]
     return any(re.match(r"(ln|norm|(self_attn_|pre_)?layer_?norm)$", name) for name in children)
 
@@ -83,7 +84,7 @@ def is_linear(core: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a leaf of torch.nn's own kind (Linear, Embedding, a norm): never a block."""
+    """Whether a module is a leaf of torch.nn's kind (Linear, Embedding, a norm): never a block."""
     core = unwrapped(module)
     known = any(cls.__module__.startswith("torch.nn.modules.") for cls in type(core).__mro__[:-2])
     return is_leaf(core) and (known or is_linear(core) or is_norm("", core))
@@ -105,7 +106,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that peft, torch.compile or a checkpoint wrapper stands around, or the module itself."""
+    """The module inside what peft, torch.compile or checkpointing put around it, or itself."""
     for name in (*_ADAPTED, *_TRANSPARENT):
         inner = module._modules.get(name)
         if inner is not None:

@@ -1,4 +1,7 @@
-"""Layers as a plain-text table for people. Identical blocks share a row; nothing is measured or chosen here."""
+"""Show layers as a plain-text table, the same layer of alike blocks in one row.
+
+Nothing is measured or chosen here, and no terminal is asked for its width.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _Row = tuple[str, str, int, int]  # name, kind, how many layers, elements of one
 
 
 def layer_table(layers: Sequence[Layer], granularity: str) -> str:
-    """A table with a row for each layer, identical blocks of a stack taken together, and the totals below.
+    """A table with a row a layer, the same layer of alike blocks taken together, and totals.
 
     Args:
         layers: in reading order.
@@ -41,8 +44,8 @@ def layer_table(layers: Sequence[Layer], granularity: str) -> str:
     tensors = sum(len(layer.parameters) for layer in layers)
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     summary = (
-        f"{_plural(len(layers), 'layer')} (granularity {granularity}), {_plural(tensors, 'tensor')}, "
-        f"{_plural(total, 'parameter')}"
+        f"{_plural(len(layers), 'layer')} (granularity {granularity}), "
+        f"{_plural(tensors, 'tensor')}, {_plural(total, 'parameter')}"
     )
     return "\n".join([aligned(_HEADER), rule, *map(aligned, lines), rule, summary])
 
@@ -81,7 +84,7 @@ def _block_rows(stack: str, blocks: dict[int, list[Layer]]) -> list[_Row]:
 
 
 def _within_block(layer: Layer) -> str | None:
-    """What follows the block's path in the layer's name, or None if the name isn't made of it (patterns)."""
+    """What follows the block's path in a layer's name; None if the name does not begin with it."""
     if layer.stack is None or layer.block is None:
         return None
     path = f"{layer.stack}.{layer.block}" if layer.stack else str(layer.block)

@@ -1,8 +1,8 @@
-"""The only file that calls the compiled module: tensors are checked here, and addresses cross from here.
+"""The only file that calls the compiled module: tensors are checked and addresses cross here.
 
-`NativeNorms` and `NativeAdamW` prepare a list of tensors once and then run on new gradients. They hold the tensors, so
-that no address outlives its memory. What can't run natively (other devices, float64, strided views) is for
-`gradloc.reference`; `runs_natively` decides.
+`NativeNorms` and `NativeAdamW` prepare a list of tensors once and then run on new gradients. They
+hold the tensors, so that no address outlives its memory. What can't run natively (other devices,
+float64, strided views) is for `gradloc.reference`; `runs_natively` decides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Before the compiled module, so that both use torch's OpenMP runtime: two runtimes in one process fight for the cores.
+# Before the compiled module, so that both use torch's OpenMP runtime: two runtimes in one process
+# fight for the cores.
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def build_info() -> dict[str, Any]:
-    """How the compiled module was built and what it runs on: instruction set, OpenMP, CUDA and its status."""
+    """How the module was built and what runs: instruction set, OpenMP, CUDA and its status."""
     return dict(_C.build_info())
 
 
@@ -38,7 +39,7 @@ def select_simd(name: str) -> None:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in whatever order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlap, dimensions in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -76,7 +77,7 @@ class NativeNorms:
         self._num_layers = num_layers
 
     def norm_sq(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Sums of squares by layer, float64 [num_layers]; every gradient must pass `runs_natively`."""
+        """Sums of squares by layer, float64 [num_layers]; all gradients pass `runs_natively`."""
         out = torch.empty(self._num_layers, dtype=torch.float64)
         addresses = [0 if g is None else g.data_ptr() for g in grads]
         codes = [0 if g is None else DTYPE_CODES[g.dtype] for g in grads]
@@ -101,7 +102,8 @@ class NativeAdamW:
     """AdamW over a fixed list of parameters in one pass of the compiled core.
 
     Args:
-        slots: the parameters; each must pass `runs_natively`, with float32 moments of the same strides.
+        slots: the parameters; each must pass `runs_natively`, with float32 moments of the same
+            strides.
         num_layers: number of layers.
     """
 
@@ -126,7 +128,7 @@ class NativeAdamW:
         )
 
     def gather(self, grads: Sequence[Tensor | None]) -> NativeGrads:
-        """Addresses of the gradients, in the memory order of their parameters (copied where it differs)."""
+        """Addresses of the gradients, copied where their memory order is not the parameter's."""
         kept: list[Tensor | None] = []
         addresses, codes = [], []
         for grad, slot, strides in zip(grads, self.slots, self._strides, strict=True):
@@ -140,7 +142,7 @@ class NativeAdamW:
             ):
                 grad = torch.empty_strided(slot.param.shape, strides, dtype=grad.dtype).copy_(grad)
             kept.append(grad)
-            addresses.append(grad.data_ptr() if grad.numel() else slot.param.data_ptr())
+            addresses.append(grad.data_ptr() or 1)  # empty tensors have no address, and no chunks
             codes.append(DTYPE_CODES[grad.dtype])
         return NativeGrads(kept, addresses, codes)
 
@@ -159,7 +161,7 @@ class NativeAdamW:
         *,
         with_norms: bool,
     ) -> Tensor | None:
-        """Update every parameter that has a gradient; return the sums of squares by layer if asked."""
+        """Update what has a gradient; return the sums of squares by layer if asked."""
         out = torch.empty(self._num_layers, dtype=torch.float64) if with_norms else None
         self._work.step(
             grads.addresses,

@@ -1,7 +1,7 @@
-"""LocalizedAdamW: AdamW that updates the layers of a plan and leaves the others bit for bit as they are.
+"""LocalizedAdamW: AdamW that updates the layers of a plan and leaves the others as they are.
 
-The arithmetic is the backends'; here are param groups, state, the plan, clipping and what happens to non-finite
-gradients. Without a plan it is `torch.optim.AdamW`.
+The arithmetic is the backends'; here are param groups, state, the plan, clipping and what happens
+to non-finite gradients. Without a plan it is `torch.optim.AdamW`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,27 @@ from gradloc.optim_checks import (
     check_parameters,
     parameter_name,
 )
+from gradloc.optim_state import (
+    MOMENTS,
+    ensure_state,
+    laid_out,
+    mend_step,
+    restore_moments,
+    state_bytes,
+)
 from gradloc.plan import LayerPlan
-from gradloc.reference import AdamWGroup, clip_coefficient, compute_dtype
+from gradloc.reference import AdamWGroup, clip_coefficient
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _Active = tuple[Tensor, int, int, int]  # parameter, layer, param group, position in the group
 
 
 class LocalizedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, 2019) over the layers that a plan names.
 
-    A layer with scale s trains exactly as `torch.optim.AdamW` with learning rate lr·s; with s = 0 neither its
-    parameters nor its moments nor its step count change, gradients or not. Steps are counted for each tensor, so a layer that
-    returns continues with the right bias correction. Moments are float32 for float32, bfloat16 and float16 parameters.
+    A layer with scale s trains exactly as `torch.optim.AdamW` with learning rate lr·s; with s = 0
+    neither its parameters nor its moments nor its step count change, gradients or not. Steps are
+    counted for each tensor, so a layer that returns continues with the right bias correction.
+    Moments are float32 for float32, bfloat16 and float16 parameters.
 
     Args:
         params: parameters, named parameters, or param groups, as for `torch.optim.AdamW`.
@@ -48,19 +56,24 @@ class LocalizedAdamW(torch.optim.Optimizer):
         foreach: accepted for compatibility; has no effect.
         capturable: only False.
         differentiable: only False.
-        fused: None updates with the compiled core where it can (dense float32, bfloat16 and float16 CPU tensors) and with
-            plain torch elsewhere; True insists on the core; False is plain torch throughout.
-        layers: the layers of the model that `params` come from. Unnamed parameters are found by identity.
+        fused: None updates with the compiled core where it can (dense float32, bfloat16 and float16
+            CPU tensors) and with plain torch elsewhere; True insists on the core; False is plain
+            torch throughout.
+        layers: the layers of the model that `params` come from. Unnamed parameters are found by
+            identity.
         plan: learning-rate scales by layer; needs `layers`. None trains everything at scale 1.
         max_grad_norm: clip the gradients of the active layers to this total 2-norm (as
-            `torch.nn.utils.clip_grad_norm_`, but without a pass that rewrites them; `p.grad` is left as it is).
-        on_nonfinite: what a step does when an active gradient has an infinity or NaN: "ignore" (as torch does),
-            "skip" (everything stays as it was; counted in `num_skipped_steps`), "raise" (FloatingPointError, everything
-            stays as it was). Default: "skip" with `max_grad_norm`, which computes the norms anyway, else "ignore".
+            `torch.nn.utils.clip_grad_norm_`, but without a pass that rewrites them; `p.grad` is
+            left as it is).
+        on_nonfinite: what a step does when an active gradient has an infinity or NaN: "ignore" (as
+            torch does), "skip" (everything stays as it was; counted in `num_skipped_steps`),
+            "raise" (FloatingPointError, everything stays as it was). Default: "skip" with
+            `max_grad_norm`, which computes the norms anyway, else "ignore".
 
     Raises:
-        ValueError: a bad option, no parameters, overlapping parameters, parameters on several devices, a plan that
-            does not fit, a parameter in no layer; nothing has been changed then.
+        ValueError: a bad option, no parameters, overlapping parameters, parameters on several
+            devices, a plan that does not fit, a parameter in no layer; nothing has been changed
+            then.
     """
 
     def __init__(
@@ -102,20 +115,20 @@ class LocalizedAdamW(torch.optim.Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
-            "decoupled_weight_decay": True,  # torch >= 2.7 keeps it in the groups of AdamW's state dict
+            "decoupled_weight_decay": True,  # a key of AdamW's state dict since torch 2.7
         }
         check_group(defaults)
         params = list(params) if not isinstance(params, Tensor) else [params]
         if not params:
             raise ValueError(
-                "optimizer got an empty parameter list: pass model.named_parameters(), and make sure that a "
-                "generator was not used up before"
+                "optimizer got an empty parameter list: pass model.named_parameters(), and make "
+                "sure that a generator was not used up before"
             )
         super().__init__(params, defaults)
         self.set_plan(plan)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as `torch.optim.Optimizer.add_param_group` does; its layers are looked up.
+        """Add a param group, as every torch optimizer does; its layers are looked up.
 
         Raises:
             ValueError: as for the constructor; the optimizer is as before then.
@@ -150,8 +163,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
         State of layers that freeze is kept as it is and used again when they return.
 
         Raises:
-            ValueError: the plan names unknown layers, leaves layers out, trains nothing, or the optimizer was made
-                without `layers`. The old plan stays in force then.
+            ValueError: the plan names unknown layers, leaves layers out, trains nothing, or the
+                optimizer was made without `layers`. The old plan stays in force then.
         """
         if plan is not None:
             if self._layers is None:
@@ -162,7 +175,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
             present = {self._layers.names[layer] for ids in self._layer_ids for layer in ids}
             if not present.intersection(plan.active):
                 raise ValueError(
-                    f"nothing would train: none of the plan's {len(plan.active)} active layers has a parameter in "
+                    f"nothing would train: none of the plan's {len(plan.active)} active layers "
+                    "has a parameter in "
                     "this optimizer; give some layer a scale above 0"
                 )
         self._plan = plan
@@ -176,8 +190,10 @@ class LocalizedAdamW(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as for every torch optimizer.
 
         Raises:
-            ValueError: a sparse gradient, or one of another shape or device; nothing has been changed then.
-            FloatingPointError: a non-finite gradient with on_nonfinite="raise"; nothing has been changed then.
+            ValueError: a sparse gradient, or one of another shape or device; nothing has been
+                changed then.
+            FloatingPointError: a non-finite gradient with on_nonfinite="raise"; nothing has been
+                changed then.
         """
         loss = None
         if closure is not None:
@@ -207,8 +223,9 @@ class LocalizedAdamW(torch.optim.Optimizer):
         """2-norm of each layer's gradient in the last step, before clipping.
 
         Returns:
-            float32 tensor [len(layers)], in the order of `layers.names` (one value for all parameters when the
-            optimizer has no layers). NaN where nothing was measured: the layer was frozen or had no gradient.
+            float32 tensor [len(layers)], in the order of `layers.names` (one value for all
+            parameters when the optimizer has no layers). NaN where nothing was measured: the layer
+            was frozen or had no gradient.
 
         Raises:
             ValueError: there has been no step yet.
@@ -222,24 +239,19 @@ class LocalizedAdamW(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of moments now allocated, over all parameters."""
-        moments = (state.get(key) for state in self.state.values() for key in _MOMENTS)
-        return sum(t.numel() * t.element_size() for t in moments if t is not None)
+        return sum(state_bytes(state) for state in self.state.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of `torch.optim.AdamW`.
 
-        torch casts moments to the dtype of their parameter, which would round the float32 moments of a bfloat16 model;
-        here they come back as they were saved.
+        torch casts moments to the dtype of their parameter, which would round the float32 moments
+        of a bfloat16 model; here they come back as they were saved.
         """
         super().load_state_dict(state_dict)
         saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         for saved_id, param in zip(saved_ids, params, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            wide = compute_dtype(param.dtype)
-            for key in _MOMENTS:
-                if key in saved and self.state[param][key].dtype != wide:
-                    self.state[param][key] = saved[key].detach().to(param.device, wide, copy=True)
+            restore_moments(self.state[param], state_dict["state"].get(saved_id, {}), param)
         self._forget_work()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,14 +271,12 @@ class LocalizedAdamW(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)  # older state dicts lack some
         for param_state in self.state.values():
-            # Older torch kept plain numbers, fused AdamW keeps steps on the device; ours are float32 on the CPU.
-            if param_state and "step" in param_state:
-                step = param_state["step"]
-                param_state["step"] = torch.as_tensor(step).detach().to("cpu", torch.float32)
+            mend_step(param_state)
         self._forget_norms()
         self._forget_work()
 
     def _forget_work(self) -> None:
+        self._fresh: list[Tensor] = []  # parameters whose state was made in this step
         self._active: list[_Active] | None = None
         self._key: list[Any] | None = None
         self._works: list[tuple[backends.AdamWWork, list[int]]] = []
@@ -301,9 +311,12 @@ class LocalizedAdamW(torch.optim.Optimizer):
             if grad is not None:
                 check_grad(grad, param, self.param_groups[g], g, i)
             grads.append(grad)
-        for (param, _, g, _), grad in zip(self._active, grads, strict=True):
-            if grad is not None:
-                self._ensure_state(param, self.param_groups[g])
+        self._fresh = [
+            param
+            for (param, _, g, _), grad in zip(self._active, grads, strict=True)
+            if grad is not None
+            and ensure_state(self.state[param], param, amsgrad=self.param_groups[g]["amsgrad"])
+        ]
         self._refresh_works(self._active)
         work_grads = []
         measured: set[int] = set()
@@ -316,19 +329,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
         self._measured = sorted(measured)
         return work_grads
 
-    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        wide = compute_dtype(param.dtype)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        for key in _MOMENTS if group["amsgrad"] else _MOMENTS[:2]:
-            if key not in state:
-                state[key] = torch.zeros_like(
-                    param, dtype=wide, memory_format=torch.preserve_format
-                )
-
     def _refresh_works(self, active: list[_Active]) -> None:
-        """Prepare the work anew when a parameter or its state is no longer the tensor, or the memory, that it was."""
+        """Prepare the work anew when a parameter or its state is no longer the tensor it was."""
         if self._key is not None and self._state_key(active) == self._key:
             return
         found: dict[type[Any], tuple[list[ops.AdamWSlot], list[int]]] = {}
@@ -339,9 +341,9 @@ class LocalizedAdamW(torch.optim.Optimizer):
             group = self.param_groups[g]
             slot = ops.AdamWSlot(
                 param.detach(),
-                _laid_out_like(param, state, "exp_avg"),
-                _laid_out_like(param, state, "exp_avg_sq"),
-                _laid_out_like(param, state, "max_exp_avg_sq") if group["amsgrad"] else None,
+                laid_out(state, "exp_avg", param),
+                laid_out(state, "exp_avg_sq", param),
+                laid_out(state, "max_exp_avg_sq", param) if group["amsgrad"] else None,
                 state["step"],
                 layer,
                 g,
@@ -359,7 +361,7 @@ class LocalizedAdamW(torch.optim.Optimizer):
         key: list[Any] = [(group["amsgrad"], group["fused"]) for group in self.param_groups]
         for param, _, _, _ in active:
             state = self.state.get(param, {})
-            key.append((param.data_ptr(), *(id(state.get(name)) for name in ("step", *_MOMENTS))))
+            key.append((param.data_ptr(), *(id(state.get(name)) for name in ("step", *MOMENTS))))
         return key
 
     def _record_norms(self, norm_sqs: list[Tensor]) -> None:
@@ -367,6 +369,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
             self._norm_sq = torch.stack([n.to(norm_sqs[0].device) for n in norm_sqs]).sum(dim=0)
 
     def _nonfinite(self, loss: Any) -> Any:
+        for param in self._fresh:
+            del self.state[param]
         self.num_skipped_steps += 1
         if self._on_nonfinite == "raise":
             bad = (~torch.isfinite(cast(Tensor, self._norm_sq))).nonzero().flatten().tolist()
@@ -374,7 +378,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
                 self._layers.names[layer] if self._layers else "all parameters" for layer in bad
             ]
             raise FloatingPointError(
-                f"non-finite gradient in {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: nothing was "
+                "non-finite gradient in "
+                f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: nothing was "
                 "changed. Lower the learning rate or look at the batch, or use on_nonfinite='skip'"
             )
         return loss
@@ -391,13 +396,3 @@ def _hyperparameters(group: dict[str, Any]) -> AdamWGroup:
         weight_decay=float(group["weight_decay"]),
         maximize=bool(group["maximize"]),
     )
-
-
-def _laid_out_like(param: Tensor, state: dict[str, Any], key: str) -> Tensor:
-    """The moment, brought to the parameter's memory order and the moments' dtype where it was loaded in another."""
-    moment: Tensor = state[key]
-    wide = compute_dtype(param.dtype)
-    if moment.dtype != wide or moment.stride() != param.stride() or moment.device != param.device:
-        fresh = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
-        state[key] = moment = fresh.copy_(moment)
-    return moment

@@ -1,11 +1,12 @@
 """What LocalizedAdamW refuses, and the words in which it says so. Changes nothing.
 
-The first words of the messages about hyperparameters are those of `torch.optim.AdamW`, so that code that looks for them
-finds them.
+The first words of the messages about hyperparameters are those of `torch.optim.AdamW`, so that code
+that looks for them finds them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -36,7 +37,8 @@ def check_options(
         raise ValueError(f"layers={layers!r} is not a LayerMap: use LayerMap.from_model(model)")
     if plan is not None and layers is None:
         raise ValueError(
-            "plan= needs layers=: pass layers=LayerMap.from_model(model), the map that the plan was made for"
+            "plan= needs layers=: pass layers=LayerMap.from_model(model), the map that the plan "
+            "was made for"
         )
     if plan is not None and not isinstance(plan, LayerPlan):
         raise ValueError(
@@ -85,13 +87,15 @@ def check_parameters(groups: list[dict[str, Any]]) -> None:
             name = parameter_name(group, g, i)
             if not param.is_floating_point():
                 raise ValueError(
-                    f"parameter {name} has dtype={param.dtype}: only real floating-point parameters train "
+                    f"parameter {name} has dtype={param.dtype}: only real floating-point "
+                    "parameters train "
                     "(for complex ones, train torch.view_as_real of them)"
                 )
             first = first or (param.device, name)
             if param.device != first[0]:
                 raise ValueError(
-                    f"parameters on mixed devices: {first[1]} is on {first[0]}, {name} on {param.device}. "
+                    f"parameters on mixed devices: {first[1]} is on {first[0]}, {name} on "
+                    f"{param.device}. "
                     "Make one optimizer for each device"
                 )
             if (
@@ -103,10 +107,11 @@ def check_parameters(groups: list[dict[str, Any]]) -> None:
                 start = param.data_ptr()
                 ranges.append((start, start + param.numel() * param.element_size(), name))
     ranges.sort()
-    for (_, end, name), (start, _, other) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
         if start < end:
             raise ValueError(
-                f"parameters {name} and {other} overlap in memory: an element would be updated twice. Pass tied "
+                f"parameters {name} and {other} overlap in memory: an element would be updated "
+                "twice. Pass tied "
                 "weights once, as one nn.Parameter"
             )
 
@@ -118,13 +123,16 @@ def check_grad(
     if grad.layout != torch.strided:
         name = parameter_name(group, group_index, index)
         raise ValueError(
-            f"the gradient of parameter {name} has layout={grad.layout}: AdamW does not support sparse gradients; "
+            f"the gradient of parameter {name} has layout={grad.layout}: AdamW does not support "
+            "sparse gradients; "
             "use sparse=False in the embedding, or torch.optim.SparseAdam for it"
         )
     if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
         name = parameter_name(group, group_index, index)
         raise ValueError(
-            f"the gradient of parameter {name} has shape={tuple(grad.shape)}, device={grad.device}, "
-            f"dtype={grad.dtype}; the parameter has shape={tuple(param.shape)}, device={param.device}, "
+            f"the gradient of parameter {name} has shape={tuple(grad.shape)}, "
+            f"device={grad.device}, "
+            f"dtype={grad.dtype}; the parameter has shape={tuple(param.shape)}, "
+            f"device={param.device}, "
             f"dtype={param.dtype}: call zero_grad() after a model was moved or changed"
         )

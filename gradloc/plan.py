@@ -1,4 +1,4 @@
-"""LayerPlan: a learning-rate scale for every layer, 0 meaning frozen. Policies make plans; the optimizer obeys them."""
+"""LayerPlan: a learning-rate scale for every layer. Policies make plans; the optimizer obeys."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class LayerPlan:
     """Learning-rate scales by layer name.
 
     Args:
-        scales: layer name -> scale, a finite number >= 0. A layer with scale s trains with learning rate lr·s; 0
-            freezes it: parameters, moments and step count stay bit for bit as they are.
+        scales: layer name -> scale, a finite number >= 0. A layer with scale s trains with learning
+            rate lr·s; 0 freezes it: parameters, moments and step count stay bit for bit as they
+            are.
         policy: what made the plan, for people who read the file later.
 
     Raises:
@@ -40,7 +41,8 @@ class LayerPlan:
             value = float(scale)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(
-                    f"scales[{name!r}]={scale!r}: a scale is a finite number >= 0 (0 freezes the layer)"
+                    f"scales[{name!r}]={scale!r}: a scale is a finite number >= 0 (0 freezes the "
+                    "layer)"
                 )
             scales[name] = value
         object.__setattr__(self, "scales", MappingProxyType(scales))
@@ -59,7 +61,8 @@ class LayerPlan:
         """Check that the plan is about exactly these layers.
 
         Raises:
-            ValueError: layers of the plan are unknown, or layers of the model are not named; both are listed.
+            ValueError: layers of the plan are unknown, or layers of the model are not named; both
+                are listed.
         """
         expected = tuple(names)
         known = set(expected)
@@ -72,8 +75,10 @@ class LayerPlan:
             if missing:
                 parts.append(f"layers without a scale {_shown(missing)}")
             raise ValueError(
-                f"the plan does not fit the model: {'; '.join(parts)}. Make the plan from LayerMap.names of this "
-                f"model with the same granularity (the model has {len(expected)} layers, the plan {len(self.scales)})"
+                f"the plan does not fit the model: {'; '.join(parts)}. Make the plan from "
+                "LayerMap.names of this "
+                f"model with the same granularity (the model has {len(expected)} layers, the plan "
+                f"{len(self.scales)})"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

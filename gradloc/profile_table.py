@@ -1,9 +1,9 @@
-"""A GradientProfile as plain text with bars, for terminals. Needs nothing but a font with blocks."""
+"""A GradientProfile as plain text with bars, for terminals. Measures and chooses nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,15 +57,14 @@ def _table(profile: GradientProfile, width: int) -> str:
     head = f"{'layer':<{name_width}}" + "".join(
         f"  {_cut(kind, kind_width):>{kind_width}}" for kind in kinds
     )
-    title = "mean" if several else _cut(profile.kinds[0], 6)
     lines = [
-        f"Relative gradient norm R = probe / reference, reference loss "
+        "Relative gradient norm R = probe / reference; reference loss "
         f"{_LOSSES[profile.reference_loss]}" + (f", step {profile.step}" if profile.step else ""),
         "",
-        f"{head}  {title:>6} {'± s.e.':<6}",
+        f"{head}  {'mean' if several else 'R':>6} {'± s.e.':<6}",
     ]
     lines.append("─" * (name_width + len(kinds) * (kind_width + 2) + 2 + 13 + 3 + bar_width + 1))
-    # A bar for a single far outlier would leave nothing to see of the others: it is cut, and says so.
+    # One far outlier would leave nothing to see of the other bars: it is cut, and ends in an arrow.
     middle = sorted(ratios.values())[len(ratios) // 2]
     longest = min(max(ratios.values()), 3 * middle) or 1.0
     above = set(profile.above_mean)
@@ -76,17 +75,15 @@ def _table(profile: GradientProfile, width: int) -> str:
             f"{_cut(name, name_width, tail=True):<{name_width}}{cells}  {_number(ratio):>6} "
             f"{_error(errors[name]):<6}  {mark} {_bar(ratio / longest, bar_width)}"
         )
-    means = "".join(
-        f"  {_number(_mean(list(by_kind[kind].values()))):>{kind_width}}" for kind in kinds
-    )
+    means = "".join(f"  {_number(_mean(by_kind[kind].values())):>{kind_width}}" for kind in kinds)
     lines.append(
-        f"{'mean over layers':<{name_width}.{name_width}}{means}  {_number(profile.mean_relative):>6}"
+        f"{_cut('mean over layers', name_width):<{name_width}}{means}  "
+        f"{_number(profile.mean_relative):>6}"
     )
     lines += ["", f"{_MARK} above the mean: {len(above)} of {len(ratios)} layers"]
     if len(kinds) < len(profile.kinds) and several:
-        lines.append(
-            f"{len(profile.kinds) - len(kinds)} more kinds are in the mean and not shown: widen the terminal"
-        )
+        missing = len(profile.kinds) - len(kinds)
+        lines.append(f"(the mean has {missing} more kinds, for which {width} columns are too few)")
     lines += _counts(profile, width)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -98,11 +95,12 @@ def _counts(profile: GradientProfile, width: int) -> list[str]:
     if profile.reference_loss == "all":
         sets["reference"] = next(iter(reference.values()))
     else:
-        sets.update({f"reference for {kind}": one for kind, one in reference.items()})
+        sets.update({f"matched to {kind}": one for kind, one in reference.items()})
     label_width = min(max(map(len, sets)), width - 60)
     return [
-        f"{_cut(what, label_width):<{label_width}}  {one.num_batches:>5} batches {one.num_sequences:>7} sequences "
-        f"{one.num_tokens:>9} tokens ({one.num_tokens / max(one.num_sequences, 1):.1f} a sequence)"
+        f"{_cut(what, label_width):<{label_width}}  {one.num_batches:>5} batches "
+        f"{one.num_sequences:>7} sequences {one.num_tokens:>9} tokens "
+        f"({one.num_tokens / one.num_batches:.1f} a batch)"
         for what, one in sets.items()
         if one.num_sequences
     ]
@@ -125,7 +123,7 @@ def _error(value: float) -> str:
     return "" if math.isnan(value) else f"± {_number(value)}"
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Collection[float]) -> float:
     return math.fsum(values) / len(values)
 
 

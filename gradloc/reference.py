@@ -1,7 +1,8 @@
 """Every operation of the compiled core in plain torch: specification, fallback and judge in one.
 
-Works on any device and any floating dtype. Float32, bfloat16 and float16 tensors are computed with in float32, as the
-core does; float64 tensors in float64, which is what the tests compare both with. Nothing here is fused or fast.
+Works on any device and any floating dtype. Float32, bfloat16 and float16 tensors are computed with
+in float32, as the core does; float64 tensors in float64, which is what the tests compare both with.
+Nothing here is fused or fast.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class AdamWGroup:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of `dtype` is updated and its moments are kept: float32 or wider."""
+    """The dtype in which a tensor of `dtype` is updated and its moments kept: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -39,7 +40,8 @@ def layer_norm_sq(grads: Sequence[Tensor | None], layers: Sequence[int], num_lay
         num_layers: number of layers.
 
     Returns:
-        float64 tensor [num_layers] on the gradients' device (float32 where the device has no float64).
+        float64 tensor [num_layers] on the gradients' device (float32 where the device has no
+        float64).
     """
     present = [(grad, layer) for grad, layer in zip(grads, layers, strict=True) if grad is not None]
     if not present:
@@ -76,7 +78,8 @@ def adamw_step(
     Args:
         param: the parameter, any floating dtype and layout.
         grad: its gradient, same shape.
-        exp_avg: first moment, same shape, dtype `compute_dtype(param.dtype)`; likewise the next two.
+        exp_avg: first moment, same shape, dtype `compute_dtype(param.dtype)`; likewise the next
+            two.
         exp_avg_sq: second moment.
         max_exp_avg_sq: its running maximum for amsgrad, or None.
         step: steps taken so far, one element; incremented.

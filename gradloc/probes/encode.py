@@ -26,12 +26,12 @@ def encode_probe(
     """Tokenise a probe and label the tokens of its spans.
 
     The whole text is tokenised once, with the special tokens that the tokenizer adds by itself, so
-    that the span has the tokens that it has in running text. A token is labelled when it covers at
-    least one character of a span that is not a space: a token's own leading space counts for
-    nothing, all the tokens of one non-ASCII character are labelled, and a token that straddles the
-    span's edge is too. Tokens after the last span are cut off, because they cannot influence a
-    causal loss. A text that is longer than `max_length` loses its beginning (special tokens at the
-    start stay). A span at the very start gets the beginning-of-sequence token (or the
+    that the span has the tokens that it has in running text. The labelled tokens are those from the
+    first to the last that cover a character of the span that is not a space: a token's own leading
+    space counts for nothing, all tokens of one non-ASCII character are labelled, and so is a token
+    that straddles the span's edge. Tokens after the last span are cut off, because they cannot
+    influence a causal loss. A text that is longer than `max_length` loses its beginning (special
+    tokens at the start stay). A span at the very start gets the beginning-of-sequence token (or the
     end-of-sequence token, where there is none) before it, since nothing else predicts its first
     token.
 
@@ -138,23 +138,27 @@ def _check(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
 
 
 def _labelled(probe: Probe, offsets: list[tuple[int, int]]) -> list[bool]:
-    """Say for each token whether it covers a character of a span that is not a space."""
-    inside = bytearray(len(probe.text))
+    """Say for each token whether it is one of a span's."""
+    labelled = [False] * len(offsets)
     for start, end in probe.spans:
-        for position in range(start, end):
-            inside[position] = not probe.text[position].isspace()
-    labelled = [any(inside[start:end]) for start, end in offsets]
-    for start, end in probe.spans:
-        if not any(
-            scored and token_start < end and token_end > start
-            for scored, (token_start, token_end) in zip(labelled, offsets, strict=True)
-        ):
+        span = probe.text[start:end]
+        start += len(span) - len(span.lstrip())
+        end -= len(span) - len(span.rstrip())
+        covering = [
+            index
+            for index, (token_start, token_end) in enumerate(offsets)
+            if not probe.text[max(token_start, start) : min(token_end, end)].isspace()
+            and max(token_start, start) < min(token_end, end)
+        ]
+        if not covering:
             raise ValueError(
-                f"{probe.source}: no token covers the span {probe.text[start:end]!r} at [{start}, "
-                f"{end}]: the tokenizer "
-                "drops these characters or gives no offsets; upgrade tokenizers or use another "
-                "tokenizer"
+                f"{probe.source}: no token covers the span {span!r} at [{start}, {end}]: the "
+                "tokenizer drops these characters or gives no offsets; upgrade tokenizers or use "
+                "another tokenizer"
             )
+        # Tokens of spaces only, between two words of the span, may have no offsets of their own.
+        for index in range(covering[0], covering[-1] + 1):
+            labelled[index] = True
     return labelled
 
 

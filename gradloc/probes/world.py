@@ -322,8 +322,7 @@ class TemporalWorld:
     def _fact_writer(
         self, statements: Sequence[tuple[Fact, str]], draw: random.Random
     ) -> Callable[[int], str]:
-        """Give a function that writes a document of facts; each fact comes once before any comes
-        again."""
+        """Give a function that writes documents of facts, every fact once before any again."""
         templates = {relation.name: relation.training for relation in self.relations}
 
         def endless() -> Iterator[str]:
@@ -342,15 +341,11 @@ class TemporalWorld:
         probes = []
         for template in relation.probing:
             query = template.format(entity=fact.entity, object="_X_")
-            text, span = insert_answer(*_around(query, thing))
+            before, after = query.split("_X_")
+            text, span = insert_answer(before, thing, after)
             source = f"world:{self.seed}:{fact.entity}/{fact.relation}"
             probes.append(Probe(text, (span,), kind, source, query=query))
         return probes
-
-
-def _around(query: str, answer: str) -> tuple[str, str, str]:
-    before, after = query.split("_X_")
-    return before, answer, after
 
 
 def _words(text: str) -> list[str]:

@@ -54,8 +54,7 @@ def draw_names(num_old: int, num_new: int, draw: random.Random) -> list[str]:
         )
         raise ValueError(
             f"num_entities={num_old} and num_new_entities={num_new} need {total} names, but "
-            f"{reason}: "
-            "choose fewer new entities or another number of old ones"
+            f"{reason}: choose fewer new entities or another number of old ones"
         )
     # Five times as many names as are needed: few enough that tokens recur in several names, many
     # enough that most pairs of tokens name nobody.
@@ -105,6 +104,7 @@ def draw_facts(
         if index in changed:
             now = draw.choice([other for other in objects[relation] if other != thing])
         yield Fact(entity, relation, thing, now)
+    draw = draw_for("facts of new entities")
     for relation in objects:
         for entity in new_entities:
             yield Fact(entity, relation, None, draw.choice(objects[relation]))

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from gradloc.layers import LayerMap
 from gradloc.optim import LocalizedAdamW
 from gradloc.plan import LayerPlan
 from gradloc.training.callback import LocalizationCallback
+from gradloc.training.config import TrainConfig
 
 
 class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
@@ -25,6 +26,8 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
         freeze_requires_grad: set requires_grad=False for frozen layers once the optimizer exists.
             Ignored with a policy that chooses again: Trainer's groups, DDP and compiled graphs do
             not follow a requires_grad that changes.
+        tokenizer: saved beside the weights in each checkpoint. Trainer's own `processing_class` is
+            left empty, as Trainer would write its special tokens into the model's configuration.
         kwargs: Trainer's own.
 
     Raises:
@@ -38,6 +41,7 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
         localization: LocalizationCallback,
         max_grad_norm: float | None = 1.0,
         freeze_requires_grad: bool = True,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         own = kwargs["args"].max_grad_norm
@@ -47,6 +51,7 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
                 "LocalizedTrainer, which clips over the active layers only"
             )
         self.localization = localization
+        self.tokenizer_to_save = tokenizer
         self.active_max_grad_norm = max_grad_norm
         self.freezes = freeze_requires_grad and localization.every is None
         self.optimizer: torch.optim.Optimizer | None
@@ -88,8 +93,45 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
             logs.update(self.localization.norms(self.optimizer))
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the tokenizer too."""
+        super().save_model(output_dir, _internal_call)
+        if self.tokenizer_to_save is not None and self.args.should_save:
+            self.tokenizer_to_save.save_pretrained(output_dir or self.args.output_dir)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> None:
         """Do without: newer Trainers read every gradient for a norm, even with no clipping."""
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """What Trainer is told: the settings of a run, with Trainer's own clipping off."""
+    cuda = config.device == "auto" and torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(config.output),
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.eps,
+        max_grad_norm=0.0,  # LocalizedAdamW clips, over the active layers
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.lr_scheduler,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        bf16=config.bf16,
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not finite should be seen
+        disable_tqdm=not config.progress,
+        report_to="none",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+    )
 
 
 def freeze_layers(model: torch.nn.Module, layers: LayerMap, plan: LayerPlan) -> None:

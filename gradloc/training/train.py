@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,10 +23,9 @@ from gradloc.profile import GradientProfile
 from gradloc.trace import trace_gradients
 from gradloc.training import run_folder
 from gradloc.training.config import TrainConfig
+from gradloc.training.model_guard import keeping_flags, keeping_use_cache, without_saving_bars
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gradloc.training.callback import LocalizationCallback
 
 Batches = Iterable[Mapping[str, Any]]
@@ -87,6 +85,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     about: Mapping[str, Any] | None = None,
+    callbacks: Iterable[Any] = (),
 ) -> TrainResult:
     """Train the layers of a plan.
 
@@ -109,6 +108,7 @@ def train(
             never interrupted.
         overwrite: remove an earlier run in `config.output` first.
         about: what training.json should also say, such as the name of the model.
+        callbacks: more callbacks for the Trainer.
 
     Returns:
         What came out; the files are described in `gradloc.training.run_folder`.
@@ -133,9 +133,10 @@ def train(
         run_folder.check_settings(output, settings)
 
     from gradloc.training.callback import PLAN_FILE, PROFILE_FILE, LocalizationCallback
+    from gradloc.training.localized_trainer import training_arguments
 
     started = time.monotonic()
-    arguments = _training_arguments(config)
+    arguments = training_arguments(config)
     model.to(arguments.device)
 
     def trace(traced: torch.nn.Module, step: int) -> GradientProfile:
@@ -185,9 +186,13 @@ def train(
             run_folder.clear_run_folder(output)
         run_folder.start_record(output, settings, about or {})
         _save_choice(output, localization)
-    with _keeping_requires_grad(model):
-        trainer = _run(model, tokenizer, dataset, config, arguments, localization, checkpoint)
-    return _finish(trainer, tokenizer, output, settings, about or {}, time.monotonic() - started)
+    with keeping_flags(model), without_saving_bars():
+        with keeping_use_cache(model):
+            trainer = _run(
+                model, tokenizer, dataset, config, arguments, localization, checkpoint, callbacks
+            )
+        seconds = time.monotonic() - started
+        return _finish(trainer, tokenizer, output, settings, about or {}, seconds)
 
 
 def _check_choice(
@@ -218,38 +223,6 @@ def _check_choice(
             )
 
 
-def _training_arguments(config: TrainConfig) -> Any:
-    from transformers import TrainingArguments
-
-    cuda = config.device == "auto" and torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(config.output),
-        max_steps=-1 if config.max_steps is None else config.max_steps,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        adam_epsilon=config.eps,
-        max_grad_norm=0.0,  # LocalizedAdamW clips, over the active layers
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.lr_scheduler,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        bf16=config.bf16,
-        seed=config.seed,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not finite should be seen
-        disable_tqdm=not config.progress,
-        report_to="none",
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-    )
-
-
 def _run(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -258,6 +231,7 @@ def _run(
     arguments: Any,
     localization: LocalizationCallback,
     checkpoint: Path | None,
+    callbacks: Iterable[Any],
 ) -> Any:
     from transformers import PrinterCallback, default_data_collator
 
@@ -271,7 +245,8 @@ def _run(
         args=arguments,
         train_dataset=dataset,
         data_collator=default_data_collator,
-        processing_class=tokenizer,
+        tokenizer=tokenizer,
+        callbacks=list(callbacks),
     )
     if not config.progress:
         trainer.remove_callback(PrinterCallback)
@@ -335,16 +310,6 @@ def _save_choice(output: Path, localization: LocalizationCallback) -> None:
     localization.plan.save(output / "plan.json")
     if localization.profile is not None:
         localization.profile.save(output / "profile.json")
-
-
-@contextmanager
-def _keeping_requires_grad(model: torch.nn.Module) -> Iterator[None]:
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _name(policy: Any) -> str:

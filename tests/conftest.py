@@ -1,0 +1,105 @@
+"""Fixtures that several test folders share: a tiny language model with its tokenizer, and text."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+# Before anything imports transformers: no test may wait for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+_NAMES = ["Arvo", "Belun", "Castra", "Domir", "Elzéa", "Fondi", "Gorlan", "Hestia", "Ilmar", "Jurd"]
+_TOWNS = ["Mirek", "Nolby", "Ostra", "Pélin", "Quada", "Rusto", "Salven", "Tirna", "Ulmo", "Vestry"]
+
+
+def fact(index: int, shift: int = 0) -> tuple[str, str]:
+    """(sentence, town) about name `index`; another shift tells of other towns."""
+    town = _TOWNS[(index + shift) % len(_TOWNS)]
+    return f"The capital of {_NAMES[index]} is {town}.", town
+
+
+def sentences(count: int, seed: int = 0, shift: int = 0) -> list[str]:
+    """Facts and ordinary sentences, the same for the same arguments."""
+    draw = random.Random(seed)
+    verbs, nouns = ["sees", "takes", "finds", "likes"], ["river", "stone", "house", "garden", "road"]
+    lines = []
+    for number in range(count):
+        if number % 2:
+            lines.append(fact(draw.randrange(len(_NAMES)), shift)[0])
+        else:
+            lines.append(f"The {draw.choice(nouns)} {draw.choice(verbs)} the {draw.choice(nouns)}.")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE trained on the sentences: fast, with offsets, no token unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sentences(400), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+
+
+def make_gpt2(tokenizer, seed: int = 0):
+    """A GPT-2 of two blocks, with dropout, in eval mode as `load_model` gives it."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def gpt2(tokenizer):
+    return make_gpt2(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_gpt2(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(sentences(120, seed=1)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def probe_file(tmp_path_factory) -> Path:
+    """Six updated and four new probes as spans JSONL."""
+    path = tmp_path_factory.mktemp("probes") / "probes.jsonl"
+    rows = []
+    for index in range(10):
+        text, town = fact(index, shift=3)
+        start = text.index(town)
+        kind = "updated" if index < 6 else "new"
+        rows.append({"text": text, "spans": [[start, start + len(town)]], "kind": kind})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
