@@ -26,9 +26,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             suffix, because writers such as matplotlib choose the format by it.
 
     Raises:
-        OSError: the folder cannot be made or written, with what to do about it.
+        OSError: the folder cannot be made or written, or `path` is a folder; with what to do
+            about it.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path={str(target)!r} is a folder: add a file name")
     check_writable(target)
     handle, name = tempfile.mkstemp(
         prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
@@ -73,7 +76,12 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             # before the new is there.
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(old / target.name)
-            temporary.replace(target)
+            try:
+                temporary.replace(target)
+            except OSError:
+                (old / target.name).replace(target)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             temporary.replace(target)

@@ -52,19 +52,21 @@ class Sublayer:
 
 @dataclass
 class _Contents:
-    """What a block consists of, before anything is joined."""
+    """What a block consists of, before anything is joined.
+
+    Attributes:
+        sublayers: modules that may become layers.
+        norms: lower-case name -> path.
+        loose: matrices of the block itself, the same way.
+        inner: regions found in blocks within the block, by path.
+        parts: paths of sublayers that have no modules inside.
+    """
 
     sublayers: list[Sublayer] = field(default_factory=list)
-    norms: dict[str, str] = field(default_factory=dict)  # lower-case name -> path
-    loose: dict[str, str] = field(
-        default_factory=dict
-    )  # matrices of the block itself, the same way
-    inner: dict[str, Region] = field(
-        default_factory=dict
-    )  # regions found in blocks within the block
-    parts: set[str] = field(
-        default_factory=set
-    )  # paths of modules without children among the sublayers
+    norms: dict[str, str] = field(default_factory=dict)
+    loose: dict[str, str] = field(default_factory=dict)
+    inner: dict[str, Region] = field(default_factory=dict)
+    parts: set[str] = field(default_factory=set)
 
 
 def cut_block(path: str, block: nn.Module, own: Region) -> dict[str, Region]:
@@ -80,14 +82,13 @@ def cut_block(path: str, block: nn.Module, own: Region) -> dict[str, Region]:
     """
     wrapper = kinds.transparent_child(block)
     if wrapper is not None:
-        return cut_block(f"{path}.{wrapper}", block._modules[wrapper] or block, own)
+        return cut_block(f"{path}.{wrapper}", block.get_submodule(wrapper), own)
     contents = _contents(path, block, own)
     sublayers = contents.sublayers
     whole = kinds.class_kind(block)
     if whole is not None and not contents.inner and all(sub.kind == "other" for sub in sublayers):
-        return {
-            path: replace(own, kind=whole)
-        }  # the list holds the sublayers themselves, as in XLM
+        # The list holds the sublayers themselves, as in XLM.
+        return {path: replace(own, kind=whole)}
 
     joined = _join_mixture(contents)  # path -> path of the sublayer that it is a part of
     leftover = []
@@ -238,15 +239,17 @@ def place_norms(
             placed[norm] = mixer if kinds.ATTENTION.search(norm) else mlp
         else:
             unnamed.append(norm)
-    taken = set(placed.values()) | {i for i in every if sublayers[i].normalises_input}
-    free = [i for i in every if i not in taken] or [len(sublayers) - 1]
+    taken = set(placed.values())
     ordered = []
     for norm in unnamed:
         about = re.sub(r"^(pre|post)_|_?(layer_?)?norm$", "", norm)
-        if norm.startswith("pre_ln"):  # RWKV's first block has it besides the usual two
-            placed[norm] = mixer
+        if norm.startswith("pre_ln"):
+            placed[norm] = mixer  # RWKV's first block has it besides the usual two
         elif not about or not any(about in name for name in leftover):
             ordered.append(norm)
+    free = [i for i in every if i not in taken and not sublayers[i].normalises_input]
+    if not free:  # a second round of norms, or one behind everything
+        free = list(every) if len(ordered) >= len(sublayers) else [len(sublayers) - 1]
     for k, norm in enumerate(ordered):
         # With more norms than sublayers each sublayer has one in front and one behind.
         placed[norm] = free[k * len(free) // max(len(ordered), len(free))]

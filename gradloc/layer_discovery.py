@@ -82,14 +82,13 @@ def _find_stacks(model: nn.Module) -> list[_Stack]:
 def _walk_stacks(
     module: nn.Module, path: str, container: type[nn.Module], seen: set[int]
 ) -> Iterator[_Stack]:
-    if (
-        id(module) in seen
-    ):  # reachable twice: it is where it is defined first, as in named_parameters
+    # What can be reached twice is where it is defined first, as in named_parameters.
+    if id(module) in seen:
         return
     seen.add(id(module))
     if isinstance(module, container):
         blocks = tuple(
-            (_join(path, name), index, child)
+            (_join(path, name), int(name) if name.isdigit() else index, child)
             for index, (name, child) in enumerate(module.named_children())
             if kinds.owns_parameters(child) and not kinds.is_plain(child)
         )
@@ -179,7 +178,7 @@ def _in_reading_order(
             return nearest[0], 0, defined
         to_head = max((_shared_steps(region.layer, path) for path in head_paths), default=0)
         if region.kind == "head" or to_head > max(near):
-            return len(stacks), 0, defined
+            return len(stacks), int(region.kind == "head"), defined
         passed = [n for n in nearest if starts[n] < defined]
         # OPT defines the final norm before the blocks; an embedding's norm really stands there.
         final_norm = region.kind == "norm" and "emb" not in region.layer

@@ -62,7 +62,7 @@ def outside_kind(name: str, core: nn.Module, *, is_head: bool, heads_known: bool
 
 
 def is_norm(name: str, core: nn.Module) -> bool:
-    """Whether a module is a norm, a list of norms, or a norm with parts (named and classed as one)."""
+    """Whether a module is a norm, a list of norms, or a norm with parts, named and classed so."""
     if isinstance(core, nn.ModuleList):
         norms = [is_norm(name, one) for one in core]
         return NORM.search(name) is not None and len(norms) > 0 and all(norms)

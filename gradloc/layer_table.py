@@ -117,7 +117,7 @@ def _numbers(blocks: Sequence[int]) -> str:
 
 
 def _count(elements: int) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if elements >= size:
             return f"{elements / size:.1f} {unit}"
     return f"{elements}  "  # as wide as a number with a unit, so that digits align

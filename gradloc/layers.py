@@ -188,8 +188,8 @@ class LayerMap:
         position = self._find(parameter)
         if position < 0:
             raise ValueError(
-                f"parameter {parameter!r} is in no layer of this map ({len(self)} layers, the first "
-                f"with {self.layers[0].parameters[0]!r}): make the map from this model"
+                f"parameter {parameter!r} is in no layer of this map ({len(self)} layers, the "
+                f"first with {self.layers[0].parameters[0]!r}): make the map from this model"
             )
         return position
 

@@ -103,7 +103,7 @@ def _load(
         model = transformers.AutoModelForCausalLM.from_pretrained(location, **options)
         tokenizer_options = {} if gguf_file is None else {"gguf_file": gguf_file}
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **tokenizer_options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a broken file makes transformers raise any kind
         raise _explained(shown, error, remote) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -122,3 +122,13 @@ def _explained(shown: str, error: Exception, remote: bool) -> Exception:
             "file"
         )
     return ValueError(f"cannot load model={shown!r} as a causal language model: {reason}")
+
+
+def context_length(model: torch.nn.Module) -> int | None:
+    """How many tokens the model can read at once, or None where its configuration sets no limit."""
+    config: Any = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

@@ -59,6 +59,7 @@ def runs_natively(tensor: Tensor) -> bool:
         and tensor.dtype in DTYPE_CODES
         and tensor.layout == torch.strided
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tensor.is_neg()  # a lazy minus sign, which the memory does not show
         and is_dense(tensor)
     )
 
@@ -137,6 +138,9 @@ class NativeAdamW:
                 addresses.append(0)
                 codes.append(0)
                 continue
+            if grad.dtype not in DTYPE_CODES:
+                grad = grad.float()
+            grad = grad.resolve_neg()
             if grad.stride() != strides and not (
                 grad.is_contiguous() and slot.param.is_contiguous()
             ):
@@ -171,6 +175,10 @@ class NativeAdamW:
             clip_coef,
             0 if out is None else out.data_ptr(),
             torch.get_num_threads(),
+        )
+        # Backward through what was changed in place is an error; autograd has to learn of it.
+        torch.autograd.graph.increment_version(
+            [slot.param for slot, at in zip(self.slots, grads.addresses, strict=True) if at]
         )
         return out
 

@@ -21,6 +21,7 @@ from gradloc.optim_checks import (
     check_lr,
     check_options,
     check_parameters,
+    check_plan,
     parameter_name,
 )
 from gradloc.optim_state import (
@@ -138,11 +139,14 @@ class LocalizedAdamW(torch.optim.Optimizer):
         try:
             check_group(group)
             check_parameters(self.param_groups)
+            for i, param in enumerate(group["params"]):
+                name = parameter_name(group, len(self.param_groups) - 1, i)
+                backends.choose(param, group["fused"], name)
             names = group.get("param_names", group["params"])
             self._layer_ids.append(
                 [0 if self._layers is None else self._layers.index(name) for name in names]
             )
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._forget_work()
@@ -167,18 +171,7 @@ class LocalizedAdamW(torch.optim.Optimizer):
                 optimizer was made without `layers`. The old plan stays in force then.
         """
         if plan is not None:
-            if self._layers is None:
-                raise ValueError(
-                    "a plan needs layers: make the optimizer with layers=LayerMap.from_model(model)"
-                )
-            plan.check(self._layers.names)
-            present = {self._layers.names[layer] for ids in self._layer_ids for layer in ids}
-            if not present.intersection(plan.active):
-                raise ValueError(
-                    f"nothing would train: none of the plan's {len(plan.active)} active layers "
-                    "has a parameter in "
-                    "this optimizer; give some layer a scale above 0"
-                )
+            check_plan(plan, self._layers, self._layer_ids)
         self._plan = plan
         self._forget_work()
 
@@ -199,17 +192,17 @@ class LocalizedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = [_hyperparameters(group) for group in self.param_groups]
         work_grads = self._gather()
         clip_coef = 1.0
         norms_first = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
-        if norms_first and work_grads:
+        if norms_first:
             self._record_norms([work.norm_sq(grads) for work, grads in work_grads])
             total = math.sqrt(float(cast(Tensor, self._norm_sq).sum()))
             if not math.isfinite(total) and self._on_nonfinite != "ignore":
                 return self._nonfinite(loss)
             if self._max_grad_norm is not None:
                 clip_coef = float(clip_coefficient(total, self._max_grad_norm))
-        groups = [_hyperparameters(group) for group in self.param_groups]
         scales = self._scales()
         norms = [
             work.step(grads, groups, scales, clip_coef, with_norms=not norms_first)
@@ -251,7 +244,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
         saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         for saved_id, param in zip(saved_ids, params, strict=True):
-            restore_moments(self.state[param], state_dict["state"].get(saved_id, {}), param)
+            if saved_id in state_dict["state"]:
+                restore_moments(self.state[param], state_dict["state"][saved_id], param)
         self._forget_work()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -367,6 +361,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
     def _record_norms(self, norm_sqs: list[Tensor]) -> None:
         if norm_sqs:
             self._norm_sq = torch.stack([n.to(norm_sqs[0].device) for n in norm_sqs]).sum(dim=0)
+        else:
+            self._norm_sq = torch.zeros(len(self._scales()), dtype=torch.float64)
 
     def _nonfinite(self, loss: Any) -> Any:
         for param in self._fresh:

@@ -35,21 +35,39 @@ def check_options(
     """Check the options that torch's AdamW does not have."""
     if layers is not None and not isinstance(layers, LayerMap):
         raise ValueError(f"layers={layers!r} is not a LayerMap: use LayerMap.from_model(model)")
-    if plan is not None and layers is None:
-        raise ValueError(
-            "plan= needs layers=: pass layers=LayerMap.from_model(model), the map that the plan "
-            "was made for"
-        )
-    if plan is not None and not isinstance(plan, LayerPlan):
-        raise ValueError(
-            f"plan={plan!r} is not a LayerPlan: use a policy, or LayerPlan({{layer name: scale}})"
-        )
+    if plan is not None:
+        _plan_layers(plan, layers)
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(
             f"max_grad_norm={max_grad_norm}: a positive number, or None for no clipping"
         )
     if on_nonfinite not in (None, "ignore", "skip", "raise"):
         raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'ignore', 'skip' or 'raise'")
+
+
+def check_plan(plan: LayerPlan, layers: LayerMap | None, layer_ids: list[list[int]]) -> None:
+    """Check that a plan fits the layers, and that it trains some of the parameters."""
+    layers = _plan_layers(plan, layers)
+    plan.check(layers.names)
+    present = {layers.names[layer] for ids in layer_ids for layer in ids}
+    if not present.intersection(plan.active):
+        raise ValueError(
+            f"nothing would train: none of the plan's {len(plan.active)} active layers has a "
+            "parameter in this optimizer; give some layer a scale above 0"
+        )
+
+
+def _plan_layers(plan: LayerPlan, layers: LayerMap | None) -> LayerMap:
+    if not isinstance(plan, LayerPlan):
+        raise ValueError(
+            f"plan={plan!r} is not a LayerPlan: use a policy, or LayerPlan({{layer name: scale}})"
+        )
+    if layers is None:
+        raise ValueError(
+            "a plan needs layers: make the optimizer with layers=LayerMap.from_model(model), the "
+            "map that the plan was made for"
+        )
+    return layers
 
 
 def check_lr(lr: Any) -> None:

@@ -38,7 +38,10 @@ class LayerPlan:
             )
         scales = {}
         for name, scale in self.scales.items():
-            value = float(scale)
+            try:
+                value = float(scale)
+            except (TypeError, ValueError):  # of None or a word in a file that someone edited
+                value = math.nan
             if not math.isfinite(value) or value < 0:
                 raise ValueError(
                     f"scales[{name!r}]={scale!r}: a scale is a finite number >= 0 (0 freezes the "

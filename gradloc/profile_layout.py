@@ -1,4 +1,4 @@
-"""Where each layer of a profile lies in its heatmap: sections of rows, groups of columns. Draws nothing."""
+"""Where each layer of a profile lies in its heatmap: rows and columns. Draws nothing."""
 
 from __future__ import annotations
 
@@ -81,17 +81,16 @@ def _stack_section(stack: str, layers: Sequence[ProfiledLayer]) -> Section:
 
 
 def _tail(part: str) -> str:
-    """ "layer.0.SelfAttention" -> "SelfAttention"; a parameter keeps its module: "q_proj.weight"."""
+    """The last component, SelfAttention; of a parameter the last two, q_proj.weight."""
     pieces = part.split(".")
     return ".".join(pieces[-2:]) if pieces[-1] in ("weight", "bias") else pieces[-1] or "block"
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Last components, or whole names where these are not unique."""
-    tails = Counter(name.rsplit(".", 1)[-1] for name in names)
+    """Last components, or whole names where these are not unique or say too little."""
+    tails = [name.rsplit(".", 1)[-1] for name in names]
+    count = Counter(tails)
     return [
-        tail
-        if tails[tail := name.rsplit(".", 1)[-1]] == 1 and tail not in ("weight", "bias")
-        else name
-        for name in names
+        name if count[tail] > 1 or tail in ("weight", "bias") or tail.isdigit() else tail
+        for name, tail in zip(names, tails, strict=True)
     ]

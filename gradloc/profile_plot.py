@@ -65,7 +65,8 @@ class _Drawing:
         num_rows = max(len(section.rows) for section in self.sections)
         self.row = 0.27 if num_rows <= 16 else 0.2 if num_rows <= 40 else 0.11
         least = 0.3 if self.slanted else 1.15
-        self.cell = max(0.44 if self.row >= 0.2 else 0.36, least / len(self.columns))
+        narrow = self.row < 0.2 or most_groups * len(self.columns) > 12
+        self.cell = max(0.36 if narrow else 0.44, least / len(self.columns))
         if self.slanted and len(self.columns) == 1:
             self.cell = 0.44
         self.group_gap = 0.06 if self.slanted else 0.14
@@ -234,7 +235,7 @@ class _Drawing:
                         _number(ratio),
                         ha="center",
                         va="center",
-                        fontsize=7 if self.row > 0.25 else 6.2,
+                        fontsize=7 if self.row > 0.25 and self.cell > 0.4 else 6.2,
                         color="white" if dark else _INK,
                     )
                 if index == last and name in above:
@@ -260,6 +261,7 @@ class _Drawing:
             0.13,
             min(self.body, 2.6),
         )
+        axes.set_label("colour bar")
         colours = ScalarMappable(Normalize(-limit, limit), cmap="RdBu_r")
         bar = figure.colorbar(colours, cax=axes, extend=self.colours.extend)
         ticks = self.colours.ticks()
@@ -274,7 +276,7 @@ class _Drawing:
 
 
 class _Colours:
-    """A symmetric log2 range that holds nearly all values: one far outlier must not bleach the rest."""
+    """A symmetric log2 range that holds nearly all values: one outlier must not bleach the rest."""
 
     def __init__(self, values: Sequence[float]) -> None:
         sizes = [abs(value) for value in values if math.isfinite(value)]

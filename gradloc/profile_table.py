@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gradloc.profile import GradientProfile
 
 _MARK = "●"
+_MEANS = "mean over layers"
 _PARTS = " ▏▎▍▌▋▊▉"  # eighths of a column
 _SHORTEST_BAR = 10
 _LOSSES = {
@@ -47,7 +48,8 @@ def _table(profile: GradientProfile, width: int) -> str:
         profile.relative_by_kind,
     )
     several = len(profile.kinds) > 1
-    name_width = min(max(len(name) for name in profile.names), width * 3 // 10)
+    longest_name = max(len(name) for name in (*profile.names, _MEANS))
+    name_width = min(longest_name, width * 3 // 10)
     kind_width = max(6, min(10, max(len(kind) for kind in profile.kinds)))
     # Beside the kinds: name, mean ± error (6 + 7), mark, bar, and two blanks between columns.
     free = width - name_width - (2 + 13) - 3 - (1 + _SHORTEST_BAR)
@@ -77,8 +79,7 @@ def _table(profile: GradientProfile, width: int) -> str:
         )
     means = "".join(f"  {_number(_mean(by_kind[kind].values())):>{kind_width}}" for kind in kinds)
     lines.append(
-        f"{_cut('mean over layers', name_width):<{name_width}}{means}  "
-        f"{_number(profile.mean_relative):>6}"
+        f"{_cut(_MEANS, name_width):<{name_width}}{means}  {_number(profile.mean_relative):>6}"
     )
     lines += ["", f"{_MARK} above the mean: {len(above)} of {len(ratios)} layers"]
     if len(kinds) < len(profile.kinds) and several:
@@ -114,9 +115,10 @@ def _bar(share: float, width: int) -> str:
 
 
 def _number(value: float) -> str:
-    if value >= 1e5:
+    """At most five characters, so that columns stay in line."""
+    if value >= 1e4:
         return f"{value:.0e}"
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _error(value: float) -> str:

@@ -89,6 +89,12 @@ struct SquareLanes {
     lane[2] = add_square(lane[2], _mm256_castps256_ps128(g.hi));
     lane[3] = add_square(lane[3], _mm256_extractf128_ps(g.hi, 1));
   }
+  void add_values(Vec16 x) {
+    lane[0] = _mm256_add_pd(lane[0], _mm256_cvtps_pd(_mm256_castps256_ps128(x.lo)));
+    lane[1] = _mm256_add_pd(lane[1], _mm256_cvtps_pd(_mm256_extractf128_ps(x.lo, 1)));
+    lane[2] = _mm256_add_pd(lane[2], _mm256_cvtps_pd(_mm256_castps256_ps128(x.hi)));
+    lane[3] = _mm256_add_pd(lane[3], _mm256_cvtps_pd(_mm256_extractf128_ps(x.hi, 1)));
+  }
   void add(const SquareLanes& other) {
     for (int i = 0; i < 4; ++i) lane[i] = _mm256_add_pd(lane[i], other.lane[i]);
   }

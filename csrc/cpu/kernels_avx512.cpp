@@ -61,6 +61,10 @@ struct SquareLanes {
     low = _mm512_fmadd_pd(a, a, low);  // a·a is exact in float64: fused or not, the same bits
     high = _mm512_fmadd_pd(b, b, high);
   }
+  void add_values(Vec16 x) {
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)));
+  }
   void add(const SquareLanes& other) {
     low = _mm512_add_pd(low, other.low);
     high = _mm512_add_pd(high, other.high);

@@ -5,8 +5,8 @@
 // -m flags under one external name would let the linker keep the AVX-512 copy for every machine.
 //
 // Same bits everywhere: lane i of a sum takes elements i, i+64, ... of the chunk in that order,
-// sums of squares are exact products (24 + 24 bits) added in float64, and the build turns off
-// contraction.
+// squares are exact products (in float64, or in float32 for half-width elements), and the build
+// turns off contraction.
 #pragma once
 
 #include "kernels.h"
@@ -57,7 +57,7 @@ struct SquareSum {
 };
 
 template <DType D>
-double norm_sq_chunk(const void* grad, int32_t size) {
+double norm_sq_wide(const void* grad, int32_t size) {
   using G = Lanes<D>;
   SquareSum sum;
   int32_t at = 0;
@@ -69,6 +69,38 @@ double norm_sq_chunk(const void* grad, int32_t size) {
                                              : G::load_tail(grad, at, size - at));
   }
   return sum.total();
+}
+
+// Half-width gradients are read so fast that widening each square to float64 would be the limit.
+// Their squares are exact in float32, so runs of 16 are added there first: a relative error below
+// 15·2^-24 of the sum, half of that of the norm.
+template <DType D>
+double norm_sq_half(const void* grad, int32_t size) {
+  using G = Lanes<D>;
+  constexpr int32_t kRun = 16 * 64;
+  SquareSum sum;
+  int32_t at = 0;
+  for (; at + kRun <= size; at += kRun) {
+    Vec16 run[4] = {Vec16(0.0f), Vec16(0.0f), Vec16(0.0f), Vec16(0.0f)};
+    for (int32_t i = at; i < at + kRun; i += 64) {
+      for (int k = 0; k < 4; ++k) {
+        const Vec16 g = G::load(grad, i + 16 * k);
+        run[k] = run[k] + g * g;
+      }
+    }
+    for (int k = 0; k < 4; ++k) sum.lanes[k].add_values(run[k]);
+  }
+  const char* rest = static_cast<const char*>(grad) + at * dtype_bytes(D);
+  const double total = sum.total() + norm_sq_wide<D>(rest, size - at);
+  // Squares of bfloat16 may leave the range of float32 (infinite, or so small that bits are lost)
+  // where float64 holds them.
+  const bool in_range = total > 1e-26 && total < 1e38;
+  return in_range ? total : norm_sq_wide<D>(grad, size);
+}
+
+template <DType D>
+double norm_sq_chunk(const void* grad, int32_t size) {
+  return D == DType::kFloat32 ? norm_sq_wide<D>(grad, size) : norm_sq_half<D>(grad, size);
 }
 
 // `Full` groups of 16 use whole loads; the tail of the chunk goes through padded copies.

@@ -123,6 +123,9 @@ struct SquareLanes {
       lane[i] += value * value;
     }
   }
+  void add_values(const Vec16& x) {
+    for (int i = 0; i < 16; ++i) lane[i] += x.v[i];
+  }
   void add(const SquareLanes& other) {
     for (int i = 0; i < 16; ++i) lane[i] += other.lane[i];
   }

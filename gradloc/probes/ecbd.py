@@ -110,6 +110,6 @@ def _fill(sentence: str, answers: dict[str, str]) -> tuple[str, tuple[tuple[int,
 
 def _tidy(text: str) -> str:
     text = re.sub(r"\(\s*(?:(?:or|;|,)\s*)*\)", "", text)
-    text = re.sub(r"\(\s*[;,]\s*", "(", text)
+    text = re.sub(r"\(\s*(?:(?:or\s+)?[;,]\s*)*", "(", text)
     text = re.sub(r"\s+([.,;:!?)])", r"\1", text)
     return re.sub(r"\s+", " ", text).strip()

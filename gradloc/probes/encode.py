@@ -50,7 +50,12 @@ def encode_probe(
     """
     _check(tokenizer, max_length)
     encoding = tokenizer(
-        probe.text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False
+        probe.text,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        truncation=False,
+        # No warning about a text longer than the model takes: what is too long is cut below.
+        verbose=False,
     )
     ids = list(encoding["input_ids"])
     labelled = _labelled(probe, encoding["offset_mapping"])
@@ -147,8 +152,7 @@ def _labelled(probe: Probe, offsets: list[tuple[int, int]]) -> list[bool]:
         covering = [
             index
             for index, (token_start, token_end) in enumerate(offsets)
-            if not probe.text[max(token_start, start) : min(token_end, end)].isspace()
-            and max(token_start, start) < min(token_end, end)
+            if probe.text[max(token_start, start) : min(token_end, end)].strip()
         ]
         if not covering:
             raise ValueError(

@@ -38,8 +38,9 @@ class TemporalWorld:
 
     The defaults are a world that a GPT-2 of four layers learns in two minutes on one thread: 60
     entities with four facts each, of which 72 of the 240 change, 20 entities that appear, names of
-    two tokens. Every token of a name or an object occurs in the old facts, so that after the date
-    nothing but the facts is unknown. The same arguments give the same bytes, on every machine.
+    two tokens. Every token of a name or an object occurs in the old facts, so that a new fact is
+    new by what it says, not by its words; only ordinary text has new words, those of the new
+    topics. The same arguments give the same bytes, on every machine.
 
     Args:
         seed: what everything is drawn from.
@@ -247,7 +248,7 @@ class TemporalWorld:
             text_documents: length of each file of ordinary text.
 
         Returns:
-            The files written. A probe file is left out where the world has no such facts.
+            The files written. Where the world has no facts of a kind, its probe file is absent.
 
         Raises:
             OSError: the folder cannot be written.
@@ -268,10 +269,14 @@ class TemporalWorld:
             write_text(target / name, "".join(document + "\n" for document in documents))
             written.append(target / name)
         for kind in ("updated", "new", "unchanged"):
+            path = target / f"probes-{kind}.jsonl"
             probes = self.probes()[kind]
             if probes:
-                write_spans(target / f"probes-{kind}.jsonl", probes)
-                written.append(target / f"probes-{kind}.jsonl")
+                write_spans(path, probes)
+                written.append(path)
+            else:
+                # Another world's probes, written here before, must not pass for this one's.
+                path.unlink(missing_ok=True)
         return written
 
     def _draw(self, purpose: str) -> random.Random:

@@ -95,7 +95,7 @@ RELATIONS = (
             "The home of {entity} is in {object}.",
         ),
         probing=(
-            "Today {entity} has a home in the town of {object}.",
+            "{entity} has a home in the town of {object}.",
             "The home of {entity} is in the town of {object}.",
         ),
     ),
@@ -137,7 +137,7 @@ RELATIONS = (
             "The companion of {entity} is a {object}.",
         ),
         probing=(
-            "{entity} is the companion of a {object}.",
+            "{entity} is the owner and companion of a {object}.",
             "Today {entity} walks and keeps a {object}.",
         ),
     ),

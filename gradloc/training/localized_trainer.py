@@ -5,10 +5,11 @@ Overrides how the optimizer is made and which gradient norm is logged, and nothi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from gradloc.layers import LayerMap
 from gradloc.optim import LocalizedAdamW
@@ -99,8 +100,33 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
         if self.tokenizer_to_save is not None and self.args.should_save:
             self.tokenizer_to_save.save_pretrained(output_dir or self.args.output_dir)
 
+    def restore_finished(self, checkpoint: Path) -> None:
+        """Bring model, optimizer and state to where a finished run's last checkpoint left them.
+
+        `train(resume_from_checkpoint=...)` would take one step too many there, as Trainer asks only
+        after a step whether it was the last.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.create_optimizer().load_state_dict(saved)
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        # Which process this is was not the checkpoint's to say.
+        self.state.is_world_process_zero = self.is_world_process_zero()
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> None:
         """Do without: newer Trainers read every gradient for a norm, even with no clipping."""
+
+
+def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack packed blocks into a batch, int64 [blocks, block_size].
+
+    The first token of a block is predicted by nothing. It gets the label -100 so that no version of
+    Trainer counts it among the tokens that it divides the loss by.
+    """
+    ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
+    labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+    labels[:, 0] = -100
+    return {"input_ids": ids, "labels": labels}
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

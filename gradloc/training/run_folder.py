@@ -90,6 +90,12 @@ def last_complete_checkpoint(output: Path) -> Path | None:
     return max(whole, key=_step, default=None)
 
 
+def is_finished(checkpoint: Path) -> bool:
+    """Whether a complete checkpoint is the end of its run."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
 def start_record(output: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write training.json for a run that begins."""
     content = {"status": "running", "settings": dict(settings), "about": dict(about)}

@@ -233,9 +233,9 @@ def _run(
     checkpoint: Path | None,
     callbacks: Iterable[Any],
 ) -> Any:
-    from transformers import PrinterCallback, default_data_collator
+    from transformers import PrinterCallback
 
-    from gradloc.training.localized_trainer import LocalizedTrainer
+    from gradloc.training.localized_trainer import LocalizedTrainer, collate_blocks
 
     trainer = LocalizedTrainer(
         localization=localization,
@@ -244,13 +244,16 @@ def _run(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=default_data_collator,
+        data_collator=collate_blocks,
         tokenizer=tokenizer,
         callbacks=list(callbacks),
     )
     if not config.progress:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and run_folder.is_finished(checkpoint):
+        trainer.restore_finished(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 
 

@@ -92,9 +92,14 @@ def test_definitions_read_as_text(tmp_path: Path) -> None:
             "def_target": "<extra_id_0> al-Fitr <extra_id_1>  is  a <extra_id_2>",
         },
         {"definition": "Hanoi () is a <extra_id_0>.", "def_target": "<extra_id_0> city <>"},
+        {"definition": 'Kurz ( or ; , "K") is <extra_id_0>.', "def_target": "<extra_id_0> on <>"},
     )
     path.write_text(path.read_text().replace("<>", "<extra_id_1>"))
-    assert definitions(path) == ["Hanoi is a city.", "Eid al-Fitr (born 1940) is a feast."]
+    assert definitions(path) == [
+        "Hanoi is a city.",
+        "Eid al-Fitr (born 1940) is a feast.",
+        'Kurz ("K") is on.',
+    ]
 
 
 def test_the_shape_without_definitions_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Timing for every benchmark here: versions interleaved, medians with spread, and the machine named.
+
+Machines are noisy, so versions that are to be compared run in turns within one process, and what is
+reported is each version's median with its quartiles. Nothing here knows what is being timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradloc
+from gradloc import ops
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one version over the rounds."""
+
+    name: str
+    median: float
+    quartiles: tuple[float, float]
+    num_rounds: int
+
+
+def interleave(
+    versions: dict[str, Callable[[], Any]], *, min_rounds: int = 15, seconds: float = 10.0
+) -> dict[str, Timing]:
+    """Time the versions in turns until each ran `min_rounds` times and `seconds` have passed."""
+    samples: dict[str, list[float]] = {name: [] for name in versions}
+    for _ in range(2):
+        for run in versions.values():
+            run()
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < min_rounds or time.perf_counter() - start < seconds:
+        # Another order each round, so that no version always runs after the same one.
+        names = list(versions)
+        shift = rounds % len(names)
+        for name in names[shift:] + names[:shift]:
+            begin = time.perf_counter()
+            versions[name]()
+            samples[name].append(time.perf_counter() - begin)
+        rounds += 1
+    out = {}
+    for name, values in samples.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        out[name] = Timing(name, statistics.median(values), (low, high), len(values))
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What ran: processor, instruction set, threads, versions, commit."""
+    model = platform.processor() or "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": ops.build_info()["simd"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradloc": gradloc.__version__,
+        "commit": commit or "unknown",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def report(rows: list[dict[str, Any]], columns: list[str], path: str | None, name: str) -> None:
+    """Print the rows as a table and write them with the machine as JSON."""
+    about = machine()
+    print(f"{name}: {about['processor']}, {about['threads']} threads, {about['simd']}, torch {about['torch']}")
+    widths = [max(len(c), *(len(_cell(row.get(c))) for row in rows)) for c in columns]
+    print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)))
+    for row in rows:
+        print("  ".join(_cell(row.get(c)).ljust(w) for c, w in zip(columns, widths, strict=True)))
+    if path:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps({"benchmark": name, "machine": about, "rows": rows}, indent=1) + "\n")
+        print(f"written to {target}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

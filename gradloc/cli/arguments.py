@@ -1,0 +1,175 @@
+"""Arguments that several commands share, and what they stand for. No command of its own.
+
+Parsing says what the user wrote; the functions that read models, probes and text run later and
+raise ValueError or OSError with the remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradloc.probes import Probe
+
+_KIND = re.compile(r"([A-Za-z][\w.-]*)=(.+)")
+_LONGEST = 512
+
+
+def add_command(
+    commands: Any, name: str, run: Any, *, summary: str, about: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command with the options that all have."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=about,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: Any) -> None:
+    """--model and --device."""
+    parser.add_argument(
+        "--model", required=True, help="a Hugging Face id, a model folder, or a .gguf file"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu"),
+        help="auto: a CUDA device where there is one (default: %(default)s)",
+    )
+
+
+def add_probes(parser: Any, *, required: bool) -> None:
+    """--probes, --dates, --max-probes and --max-length."""
+    parser.add_argument(
+        "--probes",
+        nargs="+",
+        required=required,
+        default=[],
+        metavar="[KIND=]FILE",
+        help="probe files: TempLAMA, ECBD, or JSON lines with text and spans; KIND= names the "
+        "kind of the file's probes (for TempLAMA: keeps the probes of that kind)",
+    )
+    parser.add_argument(
+        "--dates",
+        type=_dates,
+        metavar="OLD:NEW",
+        help="the two dates to compare in TempLAMA files, such as 2019-Q2:2022-Q2",
+    )
+    parser.add_argument(
+        "--max-probes",
+        type=_positive,
+        metavar="N",
+        help="at most N probes of each kind, drawn by --seed (default: all)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="TOKENS",
+        help=f"tokens a sequence (default: {_LONGEST}, or the model's context if shorter)",
+    )
+
+
+def add_text_format(parser: Any) -> None:
+    """--text-field and --documents."""
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field that holds the text in .jsonl and .parquet files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--documents",
+        default="line",
+        choices=("line", "paragraph", "file"),
+        help="what a document of a .txt file is (default: %(default)s)",
+    )
+
+
+def add_positive(parser: Any, flag: str, default: int, what: str) -> None:
+    """A whole number of at least 1."""
+    parser.add_argument(
+        flag, type=_positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+    )
+
+
+def load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
+    """The model, on its device, and the tokenizer."""
+    import torch
+
+    from gradloc.models import load_model
+
+    model, tokenizer = load_model(arguments.model)
+    if arguments.device == "auto" and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model, tokenizer
+
+
+def sequence_length(wanted: int | None, model: torch.nn.Module, flag: str) -> int:
+    """Tokens a sequence: what was asked for, if the model can read it.
+
+    Raises:
+        ValueError: more than the model's context.
+    """
+    from gradloc.models import context_length
+
+    context = context_length(model)
+    if wanted is None:
+        return _LONGEST if context is None else min(_LONGEST, context)
+    if context is not None and wanted > context:
+        raise ValueError(f"{flag} {wanted}: the model reads at most {context} tokens")
+    return wanted
+
+
+def read_all_probes(arguments: argparse.Namespace) -> dict[str, list[Probe]]:
+    """The probes of all files by kind, with at most --max-probes of each.
+
+    Raises:
+        ValueError, OSError: as `gradloc.probes.read_probes`.
+    """
+    from gradloc.probes import by_kind, read_probes
+
+    found: list[Probe] = []
+    for given in arguments.probes:
+        match = _KIND.fullmatch(given)
+        # A file may have "=" in its name; what exists is meant.
+        kind, path = (None, given) if match is None or Path(given).exists() else match.groups()
+        found += read_probes(path, kind=kind, dates=arguments.dates)
+    grouped = by_kind(found)
+    most = arguments.max_probes
+    for kind, probes in grouped.items():
+        if most is not None and len(probes) > most:
+            # A string mixes seed and kind (sha512); the order of the file is kept.
+            drawn = random.Random(f"gradloc {arguments.seed} {kind}").sample(
+                range(len(probes)), most
+            )
+            grouped[kind] = [probes[index] for index in sorted(drawn)]
+    return grouped
+
+
+def _dates(text: str) -> tuple[str, str]:
+    old, colon, new = text.partition(":")
+    if not (old and colon and new):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD:NEW, such as 2019-Q2:2022-Q2")
+    return old, new
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value

@@ -1,0 +1,305 @@
+"""`gradloc train`: continue the training of a model on chosen layers of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradloc.cli import arguments as shared
+from gradloc.cli.trace import add_granularity, add_tracing, tracing_batches
+
+if TYPE_CHECKING:
+    from gradloc.layers import LayerMap
+    from gradloc.policies import Policy
+    from gradloc.training.train import Tracing, TrainResult
+
+_EXAMPLE = """\
+  gradloc train --model openai-community/gpt2 --corpus news-2024.jsonl --profile profile.json \\
+      --policy freeze --output run --max-steps 1000
+  gradloc train ... --output run --resume      (the same command, after an interruption)"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = shared.add_command(
+        commands,
+        "train",
+        run,
+        summary="continue training on chosen layers",
+        about="Continues the training of a model on new text, in the layers that a profile, a plan "
+        "or a\npolicy chooses. Hugging Face Trainer runs it; the model ends in OUTPUT/final.",
+        example=_EXAMPLE,
+    )
+    shared.add_model(parser)
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="the new text: .txt, .jsonl or .parquet",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run in OUTPUT")
+    _add_choice(parser.add_argument_group("which layers train"))
+    tracing = parser.add_argument_group("tracing, where there is no --profile")
+    shared.add_probes(tracing, required=False)
+    add_tracing(tracing, required=False)
+    shared.add_positive(tracing, "--trace-batch-size", 8, "sequences a pass")
+    shared.add_text_format(parser)
+    _add_settings(parser.add_argument_group("training"))
+
+
+def _add_choice(group: Any) -> None:
+    group.add_argument("--profile", type=Path, metavar="FILE", help="a profile of gradloc trace")
+    group.add_argument("--plan", type=Path, metavar="FILE", help="a plan, in place of a policy")
+    group.add_argument(
+        "--policy",
+        choices=("freeze", "scale", "all", "random"),
+        help="freeze: train where the relative gradient norm is above --threshold; scale: learning "
+        "rates in proportion to it; all: every layer; random: a control (default: freeze, if there "
+        "is a profile or something to trace)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="T",
+        help="of freeze: mean, quantile:0.5, top-k:8, or a number (default: mean)",
+    )
+    group.add_argument(
+        "--normaliser", choices=("mean", "max"), help="of scale: what counts as 1 (default: mean)"
+    )
+    group.add_argument(
+        "--random-layers", type=int, metavar="N", help="of random: how many (default: half)"
+    )
+    group.add_argument("--kinds", nargs="+", metavar="KIND", help="use these kinds of probes only")
+    group.add_argument(
+        "--retrace-every", type=int, metavar="STEPS", help="choose again every so many steps"
+    )
+    add_granularity(group, default=None)
+
+
+def _add_settings(group: Any) -> None:
+    def number(flag: str, kind: type, default: float | None, what: str) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        metavar = "N" if kind is int else "X"
+        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=what + shown)
+
+    number("--max-steps", int, None, "optimizer steps; without it --epochs says how long")
+    number("--epochs", float, 1.0, "passes over the corpus")
+    number("--lr", float, 3e-5, "learning rate of a layer with scale 1")
+    number("--warmup-steps", int, 0, "steps in which the learning rate rises")
+    group.add_argument(
+        "--schedule",
+        default="linear",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+        help="of the learning rate (default: %(default)s)",
+    )
+    number("--weight-decay", float, 0.01, "decoupled weight decay")
+    number("--max-grad-norm", float, 1.0, "clip the active layers' gradient norm; 0: don't")
+    number("--batch-size", int, 8, "blocks a forward pass")
+    number("--gradient-accumulation", int, 1, "forward passes a step")
+    number("--block-size", int, None, "tokens a block (512, or the model's context if shorter)")
+    group.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    group.add_argument(
+        "--keep-gradients",
+        action="store_true",
+        help="compute gradients of frozen layers too (costs time and memory; same result)",
+    )
+    number("--save-steps", int, 500, "steps between checkpoints")
+    number("--keep-checkpoints", int, 2, "how many to keep, at least 2")
+    number("--logging-steps", int, 10, "steps between log lines")
+    group.add_argument(
+        "--log-layer-norms", action="store_true", help="log the gradient norm of every layer"
+    )
+    number("--seed", int, 0, "of the order of the text, dropout, and what is drawn")
+    group.add_argument("--quiet", action="store_true", help="no progress and no log lines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read everything, train, say where the model is."""
+    from gradloc.layers import LayerMap
+    from gradloc.plan import LayerPlan
+    from gradloc.profile import GradientProfile
+    from gradloc.training.config import TrainConfig
+    from gradloc.training.corpus import pack_corpus
+    from gradloc.training.run_folder import open_run_folder
+    from gradloc.training.train import train
+
+    policy = read_policy(arguments)
+    config = TrainConfig(
+        output=arguments.output,
+        max_steps=arguments.max_steps,
+        epochs=arguments.epochs,
+        learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm or None,
+        warmup_steps=arguments.warmup_steps,
+        lr_scheduler=arguments.schedule,
+        batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation,
+        bf16=arguments.bf16,
+        seed=arguments.seed,
+        freeze_requires_grad=not arguments.keep_gradients,
+        save_steps=arguments.save_steps,
+        save_total_limit=arguments.keep_checkpoints,
+        logging_steps=arguments.logging_steps,
+        log_layer_norms=arguments.log_layer_norms,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    # Again in `train`; here before a model is loaded.
+    open_run_folder(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    plan = None if arguments.plan is None else LayerPlan.load(arguments.plan)
+    profile = None if arguments.profile is None else GradientProfile.load(arguments.profile)
+    granularity = arguments.granularity or (profile.granularity if profile else "submodule")
+    probes = shared.read_all_probes(arguments)
+    model, tokenizer = shared.load(arguments)
+    layers = LayerMap.from_model(model, granularity=granularity)
+    corpus = pack_corpus(
+        arguments.corpus,
+        tokenizer,
+        block_size=shared.sequence_length(arguments.block_size, model, "--block-size"),
+        text_field=arguments.text_field,
+        documents=arguments.documents,
+    )
+    print(
+        f"corpus: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens in "
+        f"{len(corpus.dataset):,} blocks ({corpus.num_dropped_tokens} tokens at the end dropped)"
+    )
+    result = train(
+        model,
+        tokenizer,
+        corpus.dataset,
+        config,
+        layers=layers,
+        plan=plan,
+        policy=policy,
+        profile=profile,
+        tracing=_tracing(arguments, probes, model, tokenizer),
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        about={
+            "model": arguments.model,
+            "corpus": [str(path) for path in arguments.corpus],
+            "num_documents": corpus.num_documents,
+            "num_tokens": corpus.num_tokens,
+        },
+    )
+    _report(result, layers)
+    return 0
+
+
+def read_policy(arguments: argparse.Namespace) -> Policy | None:
+    """The policy that the arguments ask for; None where there is a plan.
+
+    Raises:
+        ValueError: arguments that contradict one another, or nothing says what to train.
+    """
+    from gradloc.policies import AllLayers, RandomLayers, Retrace, TracedGradientPolicy
+
+    name = arguments.policy
+    if arguments.plan is not None:
+        given = [
+            flag
+            for flag, value in (
+                ("--policy", name),
+                ("--profile", arguments.profile),
+                ("--probes", arguments.probes),
+                ("--retrace-every", arguments.retrace_every),
+            )
+            if value
+        ]
+        if given:
+            raise ValueError(f"--plan says what trains, so {' and '.join(given)} cannot: drop one")
+        return None
+    if bool(arguments.probes) != bool(arguments.reference):
+        raise ValueError("tracing needs both --probes and --reference")
+    if arguments.profile and arguments.probes and arguments.retrace_every is None:
+        raise ValueError("--profile and --probes: give the profile, or the probes to trace one")
+    if name is None:
+        if arguments.profile is None and not arguments.probes:
+            raise ValueError(
+                "nothing says which layers train: give --profile, or --probes and --reference, or "
+                "--plan, or --policy all"
+            )
+        name = "freeze"
+    _check_owner(arguments, name)
+    policy: Policy
+    if name == "all":
+        policy = AllLayers()
+    elif name == "random":
+        policy = RandomLayers(count=arguments.random_layers, seed=arguments.seed)
+    else:
+        if arguments.profile is None and not arguments.probes:
+            raise ValueError(f"--policy {name} needs --profile, or --probes and --reference")
+        policy = TracedGradientPolicy(
+            mode=name,
+            threshold="mean" if arguments.threshold is None else arguments.threshold,
+            normaliser=arguments.normaliser or "mean",
+            reference_loss=arguments.reference_loss,
+            kinds=arguments.kinds,
+        )
+    return policy if arguments.retrace_every is None else Retrace(policy, arguments.retrace_every)
+
+
+def _check_owner(arguments: argparse.Namespace, policy: str) -> None:
+    """An option that its policy does not read would be a silent surprise."""
+    owners = {
+        "threshold": ("freeze",),
+        "normaliser": ("scale",),
+        "random_layers": ("random",),
+        "kinds": ("freeze", "scale"),
+        "profile": ("freeze", "scale"),
+        "probes": ("freeze", "scale"),
+    }
+    for option, policies in owners.items():
+        if getattr(arguments, option) not in (None, []) and policy not in policies:
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"{flag} is for --policy {' or '.join(policies)}, not {policy}")
+
+
+def _tracing(
+    arguments: argparse.Namespace, probes: Any, model: Any, tokenizer: Any
+) -> Tracing | None:
+    from gradloc.training.train import Tracing
+
+    if not probes:
+        return None
+    batches, reference = tracing_batches(
+        arguments, probes, model, tokenizer, arguments.trace_batch_size
+    )
+    return Tracing(batches, reference, arguments.reference_loss)
+
+
+def _threshold(text: str) -> Any:
+    """What `TracedGradientPolicy` takes; it checks the ranges."""
+    name, colon, value = text.partition(":")
+    try:
+        if text == "mean":
+            return "mean"
+        if name == "quantile" and colon:
+            return ("quantile", float(value))
+        if name == "top-k" and colon:
+            return ("top_k", int(value))
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of mean, quantile:0.5, top-k:8, or a number such as 1.2"
+        ) from None
+
+
+def _report(result: TrainResult, layers: LayerMap) -> None:
+    active = set(result.plan.active)
+    sizes = {layer.name: layer.num_elements for layer in layers}
+    share = sum(sizes[name] for name in active) / sum(sizes.values())
+    loss = "" if result.final_loss is None else f", loss {result.final_loss:.3f}"
+    print(
+        f"trained {len(active)} of {len(layers)} layers ({share:.0%} of the parameters), "
+        f"{result.num_steps:,} steps in {result.seconds:,.0f} s{loss}"
+    )
+    if result.num_skipped_steps:
+        print(f"{result.num_skipped_steps} steps were skipped: a gradient was not finite")
+    print(f"optimizer moments: {result.optimizer_bytes / 2**20:,.1f} MiB")
+    print(f"model: {result.folder}   plan: {result.folder.parent / 'plan.json'}")

@@ -1,0 +1,69 @@
+"""The ways of continuing that the demo compares: full training, the paper's two, and a control.
+
+Names, words for people, and the plan of each; trains nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradloc.layers import LayerMap
+from gradloc.plan import LayerPlan
+from gradloc.policies import AllLayers, RandomLayers, TracedGradientPolicy
+from gradloc.profile import GradientProfile
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of continuing.
+
+    Args:
+        name: in file names.
+        title: in tables.
+        about: a sentence for someone who has never heard of it.
+    """
+
+    name: str
+    title: str
+    about: str
+
+
+FULL = Method("full", "Full AdamW", "Every layer trains, as in ordinary continued pretraining.")
+FREEZE = Method(
+    "tgl-fp",
+    "TGL + FP",
+    "Only the layers whose ratio R is above the mean train; all others are frozen.",
+)
+SCALE = Method(
+    "tgl-alr",
+    "TGL + ALR",
+    "Every layer trains, with a learning rate proportional to its R (1 on average).",
+)
+RANDOM = Method(
+    "random",
+    "Random layers",
+    "The control: as many layers as TGL + FP trains, drawn at random, others in each run.",
+)
+
+METHODS = (FULL, FREEZE, SCALE, RANDOM)
+
+
+def make_plan(
+    method: Method, layers: LayerMap, profile: GradientProfile, *, seed: int
+) -> LayerPlan:
+    """The plan of a method.
+
+    Args:
+        method: one of `METHODS`.
+        layers: the model's layers.
+        profile: of the model before it continues.
+        seed: of the random layers; the other plans do not depend on it.
+    """
+    if method == FULL:
+        return AllLayers()(layers)
+    if method == SCALE:
+        return TracedGradientPolicy(mode="scale")(profile)
+    freeze = TracedGradientPolicy(mode="freeze")(profile)
+    if method == FREEZE:
+        return freeze
+    return RandomLayers(count=len(freeze.active), seed=seed)(layers)
