@@ -99,6 +99,10 @@ def _load(
     options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
+        if hasattr(transformers, "GgufConfig"):
+            # Versions that have it may otherwise leave the weights packed, which cannot train, and
+            # mark even unpacked ones as quantised, so that Trainer refuses them.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(location, **options)
         tokenizer_options = {} if gguf_file is None else {"gguf_file": gguf_file}

@@ -19,10 +19,10 @@ def add_parser(commands: Any) -> None:
         about="Makes a small world whose facts change, trains a small model on the old world, "
         "traces\nit, goes on with the new one in several ways, and writes a report. Needs no "
         "download.",
-        example="  gradloc demo --output demo",
+        example="  gradloc demo --output gradloc-demo",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("demo"), help="folder (default: %(default)s)"
+        "--output", type=Path, default=Path("gradloc-demo"), help="folder (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world (default: %(default)s)")
     parser.add_argument(

@@ -179,18 +179,23 @@ def train(
     )
     localization.profile = profile
 
-    if checkpoint is not None:
-        run_folder.remove_later_checkpoints(checkpoint)
-    elif arguments.should_save:
-        if overwrite:
-            run_folder.clear_run_folder(output)
-        run_folder.start_record(output, settings, about or {})
-        _save_choice(output, localization)
     with keeping_flags(model), without_saving_bars():
         with keeping_use_cache(model):
-            trainer = _run(
-                model, tokenizer, dataset, config, arguments, localization, checkpoint, callbacks
+            trainer = _make_trainer(
+                model, tokenizer, dataset, config, arguments, localization, callbacks
             )
+            # From here on files change; what was wrong with the arguments has been said.
+            if checkpoint is not None:
+                run_folder.remove_later_checkpoints(checkpoint)
+            elif arguments.should_save:
+                if overwrite:
+                    run_folder.clear_run_folder(output)
+                run_folder.start_record(output, settings, about or {})
+                _save_choice(output, localization)
+            if checkpoint is not None and run_folder.is_finished(checkpoint):
+                trainer.restore_finished(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.monotonic() - started
         return _finish(trainer, tokenizer, output, settings, about or {}, seconds)
 
@@ -223,14 +228,13 @@ def _check_choice(
             )
 
 
-def _run(
+def _make_trainer(
     model: torch.nn.Module,
     tokenizer: Any,
     dataset: Any,
     config: TrainConfig,
     arguments: Any,
     localization: LocalizationCallback,
-    checkpoint: Path | None,
     callbacks: Iterable[Any],
 ) -> Any:
     from transformers import PrinterCallback
@@ -250,10 +254,6 @@ def _run(
     )
     if not config.progress:
         trainer.remove_callback(PrinterCallback)
-    if checkpoint is not None and run_folder.is_finished(checkpoint):
-        trainer.restore_finished(checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 
 
