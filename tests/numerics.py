@@ -1,10 +1,13 @@
 """What the tests of the numeric core share: sizes, misaligned tensors, and comparisons.
 
-Comparisons say what the worst element is. Nothing here knows the optimizer.
+Comparisons say what the worst element is. Nothing here knows LocalizedAdamW.
 """
 
+import copy
+from collections.abc import Iterable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradloc import _C, ops, reference
 
@@ -17,6 +20,8 @@ SIZES = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_IDS = ("float32", "bfloat16", "float16")
 THREADS = (1, 2, 3, 8)
+SHAPES = ((5,), (17, 3), (), (0, 4), (40, 33))
+ULP = 2.0**-23
 _GUARD = 67  # elements before the slice: odd, and more than a step of the walk
 
 
@@ -123,3 +128,33 @@ def tensors_of(slot: ops.AdamWSlot) -> dict[str, Tensor]:
         "step": slot.step,
     }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def within_ulps(
+    ours: Iterable[Tensor], theirs: Iterable[Tensor], ulps: float, what: str = ""
+) -> None:
+    """Float32 parameters agree; those of size 1 or below in ulps of 1, as updates do not shrink."""
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert_within(a, b, ulps * ULP * b.detach().double().abs().clamp(min=1), f"{what} {i}")
+
+
+def make_params(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
+    """Random parameters."""
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+
+
+def twins(params: Iterable[Tensor]) -> list[Tensor]:
+    """Another list with the same values and memory order."""
+    return [copy.deepcopy(p) for p in params]
+
+
+def give_gradients(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], skip: Sequence[int] = ()
+) -> None:
+    """The same random gradients to both; none to those at the positions in `skip`."""
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        grad = None if i in skip else torch.randn_like(a) * 10.0 ** -(i % 3)
+        a.grad = grad
+        b.grad = None if grad is None else grad.clone(memory_format=torch.preserve_format)

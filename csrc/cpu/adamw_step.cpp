@@ -1,3 +1,4 @@
+// The AdamW step: scalars for each tensor, then every chunk through the kernel table.
 #include "adamw_step.h"
 
 #include "dispatch.h"

@@ -1,3 +1,4 @@
+// Asks the processor what it runs and keeps the chosen kernel table.
 #include "dispatch.h"
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// The norms: every chunk through the kernel table, then chunks into layers in a fixed order.
 #include "norms.h"
 
 #include "dispatch.h"

@@ -1,3 +1,4 @@
+// Asks the CUDA runtime for its version and devices; the place from which CUDA code is linked in.
 #include <cuda_runtime_api.h>
 
 #include "runtime.h"

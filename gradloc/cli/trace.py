@@ -10,7 +10,7 @@ from gradloc.cli import arguments as shared
 
 _EXAMPLE = """\
   gradloc trace --model openai-community/gpt2 \\
-      --probes dynamic_templama.jsonl ecbd_2021.jsonl popular=ecbd_popular.jsonl \\
+      --probes dynamic_templama.jsonl entities=ecbd_2021.jsonl popular=ecbd_popular.jsonl \\
       --dates 2019-Q2:2022-Q2 --reference wikitext.txt --max-probes 96 --output profile.json"""
 
 

@@ -99,18 +99,20 @@ def trace_base(
     output: Path,
 ) -> GradientProfile:
     """Trace the facts' kinds against ordinary text from before the date, by both references."""
-    size = {"batch_size": settings.trace_batch_size}
     probes = {
         kind: probe_batches(
             split_facts(world.probes()[kind])[0][: settings.max_probes],
             tokenizer,
+            batch_size=settings.trace_batch_size,
             max_length=settings.block_size,
-            **size,
         )
         for kind in KINDS
     }
     reference = text_batches(
-        output / "world/reference.txt", tokenizer, block_size=settings.block_size, **size
+        output / "world/reference.txt",
+        tokenizer,
+        block_size=settings.block_size,
+        batch_size=settings.trace_batch_size,
     )
     return trace_gradients(
         model,
@@ -180,7 +182,7 @@ def compare_methods(
                 if repeat == 0:
                     plan.save(output / f"plan-{method.name}.json")
                     with replacing_folder(output / "models" / method.name) as target:
-                        model.save_pretrained(target)
+                        model.save_pretrained(target)  # type: ignore[operator]
                         measure.tokenizer.save_pretrained(target)
     return runs
 
@@ -194,7 +196,4 @@ def _share(layers: LayerMap, plan: LayerPlan) -> float:
 def _line(method: Method, run: Run, num_repeats: int) -> str:
     probes = run.scores.probes
     shares = ", ".join(f"{kind} {probes[kind].exact_match:.0%}" for kind in KINDS)
-    return (
-        f"{method.title}, run {run.repeat + 1} of {num_repeats}: completes {shares} "
-        f"({run.seconds:.0f} s)"
-    )
+    return f"{method.title} {run.repeat + 1}/{num_repeats}: {shares} ({run.seconds:.0f} s)"

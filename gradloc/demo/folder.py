@@ -17,13 +17,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gradloc.demo.methods import METHODS
 from gradloc.files import check_writable, read_json, write_json
 
 MARKER = "demo.json"
 _SCHEMA = "gradloc.demo"
 _VERSION = 1
-_FILES = (MARKER, "profile.json", "profile.png", "results.json", "report.html")
-_FOLDERS = ("world", "base", "models")
+_FILES = ("profile.json", "profile.png", "results.json", "report.html")
+_METHODS = tuple(method.name for method in METHODS)
 
 
 def open_folder(output: Path) -> None:
@@ -50,10 +51,12 @@ def open_folder(output: Path) -> None:
 def clear_folder(output: Path) -> None:
     """Remove what an earlier demo wrote, and nothing else: no old report beside a new world.
 
-    The marker goes last, so that a removal that is cut short can be repeated.
+    The world's files stay until new ones replace them under the same names. The marker goes last,
+    so that a removal that is cut short can be repeated.
     """
-    ours = [output / name for name in (*_FOLDERS, *_FILES[1:])]
-    ours += [*output.glob("plan-*.json"), *output.glob(".runs-*"), output / MARKER]
+    ours = [output / "base", *(output / "models" / name for name in _METHODS)]
+    ours += [output / f"plan-{name}.json" for name in _METHODS]
+    ours += [output / name for name in _FILES] + [*output.glob(".runs-*"), output / MARKER]
     for path in ours:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

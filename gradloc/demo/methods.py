@@ -41,7 +41,7 @@ SCALE = Method(
 )
 RANDOM = Method(
     "random",
-    "Random layers",
+    "Random",
     "The control: as many layers as TGL + FP trains, drawn at random, others in each run.",
 )
 

@@ -73,8 +73,8 @@ def make_base(
     if accuracy < settings.required:
         raise ValueError(
             f"seed={world.seed}: after {steps.num_steps} steps the base model completes only "
-            f"{accuracy:.0%} of the old facts (the demo needs {settings.required:.0%}), so there is "
-            "nothing to forget and the comparison would mean nothing: try another seed"
+            f"{accuracy:.0%} of the old facts (the demo needs {settings.required:.0%}), so there "
+            "is nothing to forget and the comparison would mean nothing: try another seed"
         )
     model.eval()
     with replacing_folder(output / "base") as target:
@@ -100,9 +100,10 @@ def make_model(vocabulary: int, settings: DemoSettings, seed: int) -> torch.nn.M
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        loss_type="ForCausalLM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: torch.nn.Module = GPT2LMHeadModel(config)
+    # transformers derives it from the class's name, does not know this one's, and warns.
+    model.loss_type = "ForCausalLM"  # type: ignore[assignment]
     return model

@@ -40,13 +40,15 @@ class Stages:
         self.number += 1
         minutes, seconds = divmod(int(self.seconds), 60)
         self.console.print(
-            f"[bold]\\[{self.number}/{self.total}][/bold] {what} [dim]({minutes}:{seconds:02})[/dim]",
+            f"[bold]\\[{self.number}/{self.total}][/bold] {what} "
+            f"[dim]({minutes}:{seconds:02})[/dim]",
             highlight=False,
+            soft_wrap=True,
         )
 
     def note(self, what: str) -> None:
         """Say what came of it."""
-        self.console.print(f"      [dim]{what}[/dim]", highlight=False)
+        self.console.print(f"      [dim]{what}[/dim]", highlight=False, soft_wrap=True)
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types

@@ -47,10 +47,10 @@ class DemoSettings:
     num_heads: int = 4
     block_size: int = 64
     batch_size: int = 16
-    base_steps: int = 1100
+    base_steps: int = 1000
     base_learning_rate: float = 4e-3
     check_every: int = 100
-    enough: float = 0.99
+    enough: float = 0.98
     required: float = 0.9
     steps: int = 100
     learning_rate: float = 1e-3

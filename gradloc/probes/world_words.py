@@ -95,7 +95,7 @@ RELATIONS = (
             "The home of {entity} is in {object}.",
         ),
         probing=(
-            "{entity} has a home in the town of {object}.",
+            "{entity} has a home and lives in {object}.",
             "The home of {entity} is in the town of {object}.",
         ),
     ),
@@ -137,7 +137,7 @@ RELATIONS = (
             "The companion of {entity} is a {object}.",
         ),
         probing=(
-            "{entity} is the owner and companion of a {object}.",
+            "{entity} feeds and keeps a {object}.",
             "Today {entity} walks and keeps a {object}.",
         ),
     ),

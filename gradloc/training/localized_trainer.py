@@ -5,9 +5,11 @@ Overrides how the optimizer is made and which gradient norm is logged, and nothi
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
@@ -113,8 +115,15 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
         # Which process this is was not the checkpoint's to say.
         self.state.is_world_process_zero = self.is_world_process_zero()
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Let torch >= 2.6 read numpy's random state, which older Trainers do not ask for."""
+        rebuild: Any = numpy.zeros(0).__reduce__()[0]
+        kinds = [numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+        with torch.serialization.safe_globals([rebuild, codecs.encode, *kinds]):
+            super()._load_rng_state(checkpoint)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> None:
-        """Do without: newer Trainers read every gradient for a norm, even with no clipping."""
+        """Do without: newer Trainers read every gradient for it, even without clipping."""
 
 
 def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
