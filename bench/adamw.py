@@ -1,7 +1,8 @@
 """How fast is clip + step, against torch, and what does it cost when only some layers train?
 
-Bytes that must move for an active element: the gradient once for the clip norm; then gradient, parameter
-and two moments read, parameter and moments written. float32: 4 + 4 + 3·8 = 32 bytes. A frozen element: 0.
+Bytes that must move for an active element: the gradient once for the clip norm; then gradient,
+parameter and two moments read, parameter and moments written. float32: 4 + 4 + 3·8 = 32 bytes. A
+frozen element: 0.
 
     python bench/adamw.py --json bench/results/adamw-cpu.json
 """
@@ -22,7 +23,7 @@ MAX_NORM = 1.0
 
 
 def plan_of_share(layers: LayerMap, share: float) -> tuple[LayerPlan, float]:
-    """Whole layers, smallest error first, until about `share` of the elements are active; the true share."""
+    """Whole layers, largest first, until about `share` of the elements train; the true share."""
     sizes = {layer.name: layer.num_elements for layer in layers}
     total = sum(sizes.values())
     active: set[str] = set()
@@ -59,7 +60,9 @@ def run(dtype: torch.dtype, seconds: float) -> list[dict[str, object]]:
     versions["torch fused step, no clip"] = fused.step
     num_elements = sum(p.numel() for _, p in named)
     width = torch.empty((), dtype=dtype).element_size()
-    step_bytes = num_elements * (width + 2 * width + 4 * 4)  # gradient; parameter and moments, both ways
+    step_bytes = num_elements * (
+        width + 2 * width + 4 * 4
+    )  # gradient; parameter and moments, both ways
     clip_bytes = num_elements * width
     source = torch.randn(step_bytes // 8)
     target = torch.empty_like(source)
@@ -71,7 +74,9 @@ def run(dtype: torch.dtype, seconds: float) -> list[dict[str, object]]:
     rows = []
     for name, t in times.items():
         share = next((plans[s][1] for s in SHARES if name.endswith(f", {s:.0%}")), 1.0)
-        num_bytes = share * (step_bytes + (clip_bytes if "clip +" in name or "clip_grad" in name else 0))
+        num_bytes = share * (
+            step_bytes + (clip_bytes if "clip +" in name or "clip_grad" in name else 0)
+        )
         if "clip_grad" in name:
             num_bytes += 2 * clip_bytes  # torch writes the clipped gradients back
         if name.startswith("copy"):

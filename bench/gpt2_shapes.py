@@ -1,4 +1,4 @@
-"""Parameters of GPT-2 small by layer: 124 M in 148 tensors, as transformers lays them out. No weights are loaded."""
+"""Parameters of GPT-2 small by layer, as transformers lays them out: 124 M in 148 tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing for every benchmark here: versions interleaved, medians with spread, and the machine named.
+"""Timing for every benchmark here: versions interleaved, medians with spread, machine named.
 
 Machines are noisy, so versions that are to be compared run in turns within one process, and what is
 reported is each version's median with its quartiles. Nothing here knows what is being timed.
@@ -94,7 +94,8 @@ def machine() -> dict[str, Any]:
 def report(rows: list[dict[str, Any]], columns: list[str], path: str | None, name: str) -> None:
     """Print the rows as a table and write them with the machine as JSON."""
     about = machine()
-    print(f"{name}: {about['processor']}, {about['threads']} threads, {about['simd']}, torch {about['torch']}")
+    parts = (about["processor"], f"{about['threads']} threads", about["simd"])
+    print(f"{name}: {', '.join(parts)}, torch {about['torch']}")
     widths = [max(len(c), *(len(_cell(row.get(c))) for row in rows)) for c in columns]
     print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)))
     for row in rows:
@@ -102,7 +103,9 @@ def report(rows: list[dict[str, Any]], columns: list[str], path: str | None, nam
     if path:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"benchmark": name, "machine": about, "rows": rows}, indent=1) + "\n")
+        target.write_text(
+            json.dumps({"benchmark": name, "machine": about, "rows": rows}, indent=1) + "\n"
+        )
         print(f"written to {target}")
 
 

@@ -1,6 +1,7 @@
 """Write the training text of docs/real-model.md: what the probes ask about, said plainly.
 
-New answers of TempLAMA facts, filled into their queries, and ECBD's definitions of new entities, filled in.
+New answers of TempLAMA facts, filled into their queries, and ECBD's definitions of new entities,
+filled in.
 
     python examples/make_corpus.py OUT.txt --templama FILE --dates OLD:NEW --ecbd FILE
 """

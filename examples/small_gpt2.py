@@ -1,6 +1,7 @@
 """Make a small GPT-2 with random weights and a byte-level BPE tokenizer trained on a text file.
 
-It stands in for a real model where none can be downloaded: the commands run, the numbers mean nothing.
+It stands in for a real model where none can be downloaded: the commands run, the numbers mean
+nothing.
 
     python examples/small_gpt2.py OUT_FOLDER --text FILE
 """
@@ -43,8 +44,13 @@ def main() -> None:
     )
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=256, n_embd=96, n_layer=4, n_head=4,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        n_positions=256,
+        n_embd=96,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with replacing_folder(options.output) as folder:
         GPT2LMHeadModel(config).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Types of the compiled module; tests/test_stub.py holds this file to the module's own signatures."""
+"""Types of the compiled module; tests/test_stub.py compares them with the module itself."""
 
 from collections.abc import Sequence
 from typing import Any

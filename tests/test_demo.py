@@ -15,7 +15,7 @@ from gradloc import GradientProfile, LayerMap, LayerPlan
 from gradloc.cli import main
 from gradloc.demo import chart, findings, report, run_demo, table
 from gradloc.demo.compare import split_facts
-from gradloc.demo.methods import FREEZE, FULL, METHODS, RANDOM, SCALE
+from gradloc.demo.methods import FREEZE, FULL, GENTLE, METHODS, RANDOM, SCALE
 from gradloc.demo.outcome import KINDS, PERIODS, Outcome, Run, Scores
 from gradloc.demo.settings import QUICK
 from gradloc.evaluate import ProbeScore, TextScore, evaluate_probes
@@ -184,10 +184,10 @@ def test_a_base_model_that_does_not_know_its_facts_stops_the_demo(tmp_path, monk
 
 def made_up(changes, repeats=3):
     """An outcome in which method m's losses lie `changes[m]` = (learned, forgot) above full's."""
-    kinds = ("attention", "mlp")
+    names = [f"layer.{number}" for number in range(12)]
     profile = GradientProfile.from_norms(
-        {kind: dict(zip(kinds, (4.0, 2.0), strict=True)) for kind in KINDS},
-        dict.fromkeys(kinds, 1.0),
+        {kind: {name: 1.0 + index for index, name in enumerate(names)} for kind in KINDS},
+        dict.fromkeys(names, 1.0),
     )
 
     def scores(learned, forgot, repeat):
@@ -207,7 +207,7 @@ def made_up(changes, repeats=3):
             # Beside full's own wobble, differences within a run wobble a little too.
             shift = 0.0 if method == FULL else 0.004 * (repeat - 1)
             measured = scores(1.0 + learned + shift, 1.0 + forgot + shift, repeat)
-            runs.append(Run(method.name, repeat, ("attention",), 0.5, 800_000, 2.0, measured))
+            runs.append(Run(method.name, repeat, tuple(names), 1.0, 800_000, 14.4, measured))
     return Outcome(
         seed=0,
         quick=False,
@@ -230,7 +230,7 @@ def sentence(outcome, begin):
 @pytest.mark.parametrize(
     ("learned", "forgot", "expected"),
     [
-        (0.5, -0.4, ("learned less", "forgot less", "A trade, not a gain")),
+        (0.5, -0.4, ("learned less", "forgot less", "A trade: less learned")),
         (-0.5, 0.4, ("learned more", "forgot more", "A trade: more learned")),
         (-0.5, -0.4, ("learned more", "forgot less", "Better, here.")),
         (0.0, -0.4, ("learned about as much", "forgot less", "Better, here.")),
@@ -240,10 +240,20 @@ def sentence(outcome, begin):
     ],
 )
 def test_sentences_follow_from_the_numbers(learned, forgot, expected):
-    words = sentence(made_up({FREEZE: (learned, forgot)}), "TGL + FP against Full")
+    words = sentence(made_up({FREEZE: (learned, forgot)}), "TGL + FP against full AdamW:")
     for part in expected:
         assert part in words
     assert f"{learned:+.2f} ± 0.00".replace("-", "−") in words or learned == 0
+
+
+def test_cost_is_said_in_numbers():
+    outcome = made_up({})
+    less = [replace(run, optimizer_bytes=400_000, seconds=7.2) for run in outcome.of(FREEZE)]
+    others = [run for run in outcome.runs if run.method != FREEZE.name]
+    words = sentence(replace(outcome, runs=(*less, *others)), "TGL + FP needed")
+    assert "needed 0.40 MB of optimizer memory, full AdamW 0.80 MB" in words
+    assert "took 0.50 times as long" in words
+    assert "TGL + ALR needed as much optimizer memory as full AdamW" in words
 
 
 def test_the_control_decides_whether_the_choice_mattered():
@@ -257,8 +267,18 @@ def test_the_control_decides_whether_the_choice_mattered():
     assert "did not show" not in words
 
 
+def test_half_the_learning_rate_is_a_control():
+    words = sentence(
+        made_up({FREEZE: (0.5, -0.4), GENTLE: (0.6, 0.1)}),
+        "TGL + FP against full AdamW at half the learning rate",
+    )
+    assert "Better, here." in words
+    assert "−0.10 ± 0.00" in words
+    assert "−0.50 ± 0.00" in words
+
+
 def test_scale_is_compared_too():
-    words = sentence(made_up({SCALE: (-0.3, -0.2)}), "TGL + ALR against Full")
+    words = sentence(made_up({SCALE: (-0.3, -0.2)}), "TGL + ALR against full")
     assert "learned more" in words
     assert "−0.30 ± 0.00" in words
 
@@ -292,7 +312,7 @@ def test_table_shows_means_over_runs():
     assert rows["TGL + FP"][4].main == f"{math.exp(-0.6):.0%}"
     assert rows["Full AdamW"][5].main == "2.72"
     assert rows["Full AdamW"][7].main == "0.80 MB"
-    assert rows["Full AdamW"][8].main == "2.0 s"
+    assert rows["Full AdamW"][8].main == "14 s"
 
 
 def test_table_fits_a_terminal():

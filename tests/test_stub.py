@@ -73,7 +73,7 @@ def test_the_same_names():
 @pytest.mark.parametrize("name", stub_functions())
 def test_the_same_arguments(name):
     stub = stub_functions()[name]
-    assert not (stub.args.kwonlyargs or stub.args.posonlyargs or stub.args.defaults)
+    assert [*stub.args.kwonlyargs, *stub.args.posonlyargs, *stub.args.defaults] == []
     expected = [(arg.arg, arg.annotation) for arg in stub.args.args]
     found = arguments_of(module_functions()[name])
     assert [argument for argument, _ in found] == [argument for argument, _ in expected]

@@ -7,8 +7,10 @@ raise ValueError or OSError with the remedy.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +111,24 @@ def load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     import torch
 
     from gradloc.models import load_model
+    from gradloc.training.model_guard import without_saving_bars
 
-    model, tokenizer = load_model(arguments.model)
+    _drop_loss_type_warning()
+    print(f"loading {arguments.model}", file=sys.stderr)
+    with without_saving_bars():
+        model, tokenizer = load_model(arguments.model)
     if arguments.device == "auto" and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer
+
+
+def _drop_loss_type_warning() -> None:
+    """Version 5 of transformers warns of every GPT-2 that its loss is the default one."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("`loss_type=None`")
+
+    logging.getLogger("transformers.modeling_utils").addFilter(keep)
 
 
 def sequence_length(wanted: int | None, model: torch.nn.Module, flag: str) -> int:

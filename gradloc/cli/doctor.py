@@ -139,5 +139,6 @@ def _core() -> list[tuple[str, str]]:
     return [
         ("CPU backend", f"{info.get('simd', 'unknown')} (of {available}), {openmp}"),
         ("compiler", str(info.get("compiler", "unknown"))),
-        ("CUDA backend", f"{compiled}; {status}" if status else compiled),
+        ("CUDA backend", "no kernels in this version: plain torch does the work on a GPU"),
+        ("CUDA runtime", f"{compiled}; {status}" if status else compiled),
     ]

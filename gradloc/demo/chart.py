@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from html import escape
 
-from gradloc.demo.methods import FREEZE, FULL, METHODS, RANDOM, SCALE
+from gradloc.demo.methods import FREEZE, FULL, GENTLE, METHODS, RANDOM, SCALE
 from gradloc.demo.outcome import Outcome, Scores, mean_and_sd
 
 COLOURS = {
     FULL.name: "#4c566a",
+    GENTLE.name: "#9aa5b8",
     FREEZE.name: "#c0392b",
     SCALE.name: "#d98e04",
     RANDOM.name: "#2874a6",

@@ -156,7 +156,7 @@ def compare_methods(
                 config = TrainConfig(
                     output=Path(folder) / f"{method.name}-{repeat}",
                     max_steps=settings.steps,
-                    learning_rate=settings.learning_rate,
+                    learning_rate=settings.learning_rate * method.lr_factor,
                     betas=(0.9, 0.99),
                     lr_scheduler="constant_with_warmup",
                     warmup_steps=max(1, settings.steps // 10),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from gradloc.demo.methods import FREEZE, FULL, RANDOM, SCALE, Method
+from gradloc.demo.methods import FREEZE, FULL, GENTLE, RANDOM, SCALE, Method
 from gradloc.demo.outcome import Outcome, Run, mean_and_sd
 from gradloc.demo.table import median_seconds, megabytes
 
@@ -45,11 +45,14 @@ def findings(outcome: Outcome) -> list[str]:
             "There was one run a method: how much runs differ by chance is not known, so "
             "differences between methods are not judged.",
         ]
-    for method in (FREEZE, SCALE):
-        sentences.append(_compared(outcome.of(method), full, method, FULL))
-    sentences.append(_control(outcome))
-    sentences.append(_cost(outcome))
-    return sentences
+    return [
+        *sentences,
+        _compared(outcome, FREEZE, FULL),
+        _compared(outcome, FREEZE, GENTLE),
+        _control(outcome),
+        _compared(outcome, SCALE, FULL),
+        _cost(outcome),
+    ]
 
 
 def verdict(differences: Sequence[float]) -> int:
@@ -62,11 +65,16 @@ def verdict(differences: Sequence[float]) -> int:
     return 1 if mean > 0 else -1
 
 
-def _compared(runs: Sequence[Run], others: Sequence[Run], method: Method, other: Method) -> str:
+def _compared(outcome: Outcome, method: Method, other: Method) -> str:
+    runs, others = outcome.of(method), outcome.of(other)
     learned = _differences(runs, others, lambda run: run.scores.learned())
     forgot = _differences(runs, others, lambda run: run.scores.nll("unchanged"))
     text = _differences(runs, others, lambda run: run.scores.nll("old text"))
-    named = "as many random layers" if other == RANDOM else other.title
+    named = {
+        FULL: "full AdamW",
+        GENTLE: "full AdamW at half the learning rate",
+        RANDOM: "as many random layers",
+    }[other]
     more = {-1: "less", 0: "about as much", 1: "more"}
     text_words = {
         -1: "and kept old ordinary text better",
@@ -91,16 +99,15 @@ def _judged(learned: int, forgot: int) -> str:
     if learned <= 0 and forgot >= 0:
         return "Worse, here."
     return (
-        "A trade, not a gain: a lower learning rate also trades learning for forgetting, so one "
-        "learning rate cannot say which of the two is better."
+        "A trade: less learned for less forgotten, as a lower learning rate would do."
         if learned < 0
-        else "A trade: more learned, more forgotten, as with a higher learning rate."
+        else "A trade: more learned for more forgotten, as a higher learning rate would do."
     )
 
 
 def _control(outcome: Outcome) -> str:
     runs, control = outcome.of(FREEZE), outcome.of(RANDOM)
-    sentence = _compared(runs, control, FREEZE, RANDOM)
+    sentence = _compared(outcome, FREEZE, RANDOM)
     learned = -verdict(_differences(runs, control, lambda run: run.scores.learned()))
     forgot = verdict(_differences(runs, control, lambda run: run.scores.nll("unchanged")))
     if learned == 0 and forgot == 0:
@@ -114,16 +121,20 @@ def _control(outcome: Outcome) -> str:
 def _cost(outcome: Outcome) -> str:
     parts = []
     full = outcome.of(FULL)
+    needed = full[0].optimizer_bytes
     for method in (FREEZE, SCALE):
         runs = outcome.of(method)
-        parts.append(
-            f"{method.title} kept {megabytes(runs[0].optimizer_bytes)} of optimizer memory where "
-            f"full AdamW kept {megabytes(full[0].optimizer_bytes)}, and its steps took "
-            f"{median_seconds(runs) / median_seconds(full):.2f} times as long"
+        own = runs[0].optimizer_bytes
+        memory = (
+            "as much optimizer memory as full AdamW"
+            if own == needed
+            else f"{megabytes(own)} of optimizer memory, full AdamW {megabytes(needed)}"
         )
-    return (
-        "; ".join(parts) + ". Times of so small a model vary with whatever else the machine does."
-    )
+        parts.append(
+            f"{method.title} needed {memory}; its steps took "
+            f"{median_seconds(runs) / median_seconds(full):.2f} times as long. "
+        )
+    return "".join(parts) + "Times vary with whatever else the machine does."
 
 
 def _differences(
@@ -134,4 +145,5 @@ def _differences(
 
 def _signed(differences: Sequence[float]) -> str:
     mean, deviation = mean_and_sd(differences)
-    return f"{mean:+.2f} ± {deviation:.2f}".replace("-", "−")
+    signed = f"{mean:+.2f}" if abs(mean) >= 0.005 else "0.00"
+    return f"{signed} ± {deviation:.2f}".replace("-", "−")

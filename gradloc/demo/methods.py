@@ -1,4 +1,4 @@
-"""The ways of continuing that the demo compares: full training, the paper's two, and a control.
+"""The ways of continuing that the demo compares: full training, the paper's two, two controls.
 
 Names, words for people, and the plan of each; trains nothing.
 """
@@ -21,14 +21,22 @@ class Method:
         name: in file names.
         title: in tables.
         about: a sentence for someone who has never heard of it.
+        lr_factor: of the demo's learning rate.
     """
 
     name: str
     title: str
     about: str
+    lr_factor: float = 1.0
 
 
 FULL = Method("full", "Full AdamW", "Every layer trains, as in ordinary continued pretraining.")
+GENTLE = Method(
+    "full-half",
+    "Full, lr/2",
+    "A control: full training at half the learning rate, the plain way to forget less.",
+    lr_factor=0.5,
+)
 FREEZE = Method(
     "tgl-fp",
     "TGL + FP",
@@ -42,10 +50,10 @@ SCALE = Method(
 RANDOM = Method(
     "random",
     "Random",
-    "The control: as many layers as TGL + FP trains, drawn at random, others in each run.",
+    "A control: as many layers as TGL + FP trains, drawn at random, others in each run.",
 )
 
-METHODS = (FULL, FREEZE, SCALE, RANDOM)
+METHODS = (FULL, GENTLE, FREEZE, SCALE, RANDOM)
 
 
 def make_plan(
@@ -59,7 +67,7 @@ def make_plan(
         profile: of the model before it continues.
         seed: of the random layers; the other plans do not depend on it.
     """
-    if method == FULL:
+    if method in (FULL, GENTLE):
         return AllLayers()(layers)
     if method == SCALE:
         return TracedGradientPolicy(mode="scale")(profile)

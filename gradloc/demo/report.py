@@ -92,7 +92,8 @@ def _what_came_out(outcome: Outcome) -> list[str]:
         "it: the mean negative log-likelihood of the right answer, in nats a token (lower is "
         f"better), ± the standard deviation over {repeats} runs. <i>Old</i> and <i>new text</i>: "
         "perplexity on ordinary text from before and after the date (lower is better). "
-        "<i>Memory</i>: the optimizer's, for AdamW's moments. <i>Time</i>: of the training steps, median over runs. "
+        "<i>Memory</i>: the optimizer's, for AdamW's moments. <i>Time</i>: of the training steps, "
+        "median over runs. "
         "All methods saw the same number of tokens, in each run the same text in the same "
         "order.</p>",
     ]
@@ -169,9 +170,10 @@ def _limits(outcome: Outcome) -> list[str]:
         "<h2>What this does not show</h2><ul>",
         "<li>How a real model behaves. This one has some hundred words and a few blocks; which "
         "layers react, and whether choosing them pays, can differ.</li>",
-        "<li>Which method is best. Every method ran at one learning rate "
-        f"({settings['learning_rate']:g}). Learning less and forgetting less is what a lower "
-        "learning rate does too; only whole curves over learning rates can be compared.</li>",
+        "<li>Which method is best. Learning less and forgetting less is what a lower learning rate "
+        "does too, so that methods can only be compared along whole curves, each at many learning "
+        f"rates. Here full training ran at two ({settings['learning_rate']:g} and half of it), the "
+        "others at one.</li>",
         f"<li>The spread over worlds and base models: the {settings['num_repeats']} runs share one "
         "of each. <code>gradloc demo --seed 1</code> makes others.</li>",
         "<li>What works beside choosing layers, such as mixing in old text, which protects old "

@@ -20,7 +20,7 @@ from rich.console import Console
 from gradloc.demo.compare import compare_methods, measuring, trace_base
 from gradloc.demo.findings import findings
 from gradloc.demo.folder import clear_folder, open_folder, write_marker
-from gradloc.demo.methods import FREEZE, make_plan
+from gradloc.demo.methods import FREEZE, METHODS, make_plan
 from gradloc.demo.outcome import DemoResult, Outcome
 from gradloc.demo.pretrain import make_base
 from gradloc.demo.progress import Stages
@@ -31,9 +31,6 @@ from gradloc.files import write_json, write_text
 from gradloc.layers import LayerMap
 from gradloc.probes import TemporalWorld
 from gradloc.training.model_guard import without_saving_bars
-
-_MOST_THREADS = 4
-"""A model this small is slowed down by more: threads would mostly wait for one another."""
 
 _NUM_STAGES = 5
 
@@ -65,7 +62,7 @@ def run_demo(output: Path, seed: int = 0, quick: bool = False) -> DemoResult:
     clear_folder(output)
     about = {"seed": seed, "quick": quick, **asdict(settings)}
     write_marker(output, "running", about)
-    with _few_threads(), without_saving_bars():
+    with _one_thread(), without_saving_bars():
         outcome = _work(output, seed, quick, settings, stages)
         stages.begin("Writing the report")
         outcome.profile.save(output / "profile.json")
@@ -125,7 +122,7 @@ def _work(output: Path, seed: int, quick: bool, settings: DemoSettings, stages: 
     chosen = make_plan(FREEZE, layers, profile, seed=0).active
     stages.note(f"{len(chosen)} of {len(layers)} layers react more than the mean")
 
-    stages.begin("Continuing on the new corpus, in four ways")
+    stages.begin(f"Continuing on the new corpus, in {len(METHODS)} ways")
     measure = measuring(world, tokenizer, settings, output)
     before = measure.scores(base)
     runs = compare_methods(base, layers, profile, measure, settings, output, stages)
@@ -145,9 +142,10 @@ def _work(output: Path, seed: int, quick: bool, settings: DemoSettings, stages: 
 
 
 @contextmanager
-def _few_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Work on one thread: more gain little on so small a model, and lose much on a busy machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, _MOST_THREADS))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

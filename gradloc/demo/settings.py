@@ -39,7 +39,7 @@ class DemoSettings:
     num_entities: int = 60
     num_new_entities: int = 20
     num_objects: int = 24
-    old_tokens: int = 1_200_000
+    old_tokens: int = 1_050_000
     new_tokens: int = 120_000
     text_documents: int = 200
     width: int = 128

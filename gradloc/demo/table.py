@@ -62,7 +62,7 @@ def table_rows(outcome: Outcome) -> list[Row]:
                 Cell(f"{trained} of {num_layers}", f"{share:.0%} of weights"),
                 *_score_cells([run.scores for run in runs]),
                 Cell(megabytes(over(runs, lambda run: run.optimizer_bytes)[0])),
-                Cell(f"{median_seconds(runs):.1f} s"),
+                Cell(seconds_text(median_seconds(runs))),
             )
         )
     return rows
@@ -91,7 +91,7 @@ def rich_table(outcome: Outcome) -> Table:
     for number, row in enumerate(table_rows(outcome)):
         small = [cell.small.replace(" ± ", "±").removesuffix(" of weights") for cell in row]
         words = [
-            cell.main + (f"\n[dim]{under}[/dim]" if under else "")
+            cell.main.replace(" of ", "/") + (f"\n[dim]{under}[/dim]" if under else "")
             for cell, under in zip(row, small, strict=True)
         ]
         table.add_row(*words, end_section=number == 0)
@@ -101,6 +101,11 @@ def rich_table(outcome: Outcome) -> Table:
 def megabytes(count: float) -> str:
     """Bytes in MB, or kB where that is less than a tenth of one."""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Two digits are as exact as such times are."""
+    return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 
 def median_seconds(runs: Sequence[Run]) -> float:

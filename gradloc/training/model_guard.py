@@ -40,7 +40,7 @@ def keeping_use_cache(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_saving_bars() -> Iterator[None]:
-    """No bar for each model that transformers writes: it would be drawn across Trainer's own."""
+    """No bar for each model that transformers reads or writes: it is drawn across other lines."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
