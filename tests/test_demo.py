@@ -258,13 +258,11 @@ def test_cost_is_said_in_numbers():
 
 def test_the_control_decides_whether_the_choice_mattered():
     same = made_up({FREEZE: (0.5, -0.4), RANDOM: (0.5, -0.4)})
-    assert "did not show which layers were chosen" in sentence(
-        same, "TGL + FP against as many random layers"
-    )
+    assert "do not show that it matters" in sentence(same, "TGL + FP against as many random layers")
     better = made_up({FREEZE: (0.5, -0.4), RANDOM: (0.9, 0.1)})
     words = sentence(better, "TGL + FP against as many random layers")
     assert "Better, here." in words
-    assert "did not show" not in words
+    assert "do not show" not in words
 
 
 def test_half_the_learning_rate_is_a_control():
@@ -330,6 +328,18 @@ def test_numbers_that_are_not_finite_become_null():
     content = replace(outcome, base=bad).to_json()
     assert json.dumps(content, allow_nan=False)
     assert content["base"]["scores"]["text"]["old"]["nll"] is None
+    assert table.table_rows(replace(outcome, base=bad))[0][5].main == "n/a"
+
+
+def test_chart_without_a_finite_loss():
+    lost = made_up({method: (math.nan, math.inf) for method in METHODS})
+    runs = [run for run in lost.runs if run.method != FULL.name]
+    full = [run for run in made_up({}).runs if run.method == FULL.name]
+    drawn = chart.trade_off_svg(replace(lost, runs=(*runs, *full)))
+    assert FULL.title in drawn
+    assert FREEZE.title not in drawn
+    assert "nan" not in drawn
+    assert "nothing to draw" in chart.trade_off_svg(replace(lost, runs=tuple(runs)))
 
 
 def test_chart_places_better_points_up_and_to_the_right():

@@ -21,7 +21,7 @@ from numerics import (
 )
 from torch import nn
 
-from gradloc import LocalizedAdamW
+from gradloc import LocalizedAdamW, ops
 
 BACKENDS = pytest.mark.parametrize("fused", [None, False], ids=["core", "plain-torch"])
 OPTIONS = {
@@ -285,3 +285,21 @@ def test_gradients_are_left_as_they_are_by_clipping():
         LocalizedAdamW(params, max_grad_norm=1e-3).step()
     for param, grad in zip(params, before, strict=True):
         assert_same_bits(param.grad, grad, "gradient")
+
+
+def test_the_list_of_tensors_is_prepared_once(monkeypatch):
+    """Preparing costs more than a small step: only other tensors, plan or state are a reason."""
+    prepare, prepared = ops.NativeAdamW.__init__, []
+
+    def counting(self, *args):
+        prepared.append(self)
+        prepare(self, *args)
+
+    monkeypatch.setattr(ops.NativeAdamW, "__init__", counting)
+    params = make_params()
+    opt = LocalizedAdamW(params)
+    for skip in [(), (0,), (), ()]:
+        give_gradients(params, params, skip)
+        opt.param_groups[0]["lr"] *= 0.5
+        opt.step()
+    assert len(prepared) == 1

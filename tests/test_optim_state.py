@@ -54,7 +54,7 @@ def test_ours_to_torch_and_back(amsgrad, fused, their_path):
     other = torch.optim.AdamW(theirs, **options, **their_path)
     own_groups = other.state_dict()["param_groups"]
     state = saved(opt)
-    assert state["param_groups"][0].keys() == own_groups[0].keys()
+    assert state["param_groups"][0].keys() >= own_groups[0].keys()  # torch 2.6 lacks one of ours
     other.load_state_dict({"state": state["state"], "param_groups": own_groups})
     steps(other, theirs, 5, seed=2)
 
@@ -128,6 +128,22 @@ def test_loading_between_steps_is_noticed():
     steps(opt, ours, 3, seed=2)
     for a, b in zip(ours, wanted, strict=True):
         assert_same_bits(a, b, "param")
+
+
+def test_moments_saved_in_another_memory_order():
+    """From a contiguous parameter into a transposed one: element by element, not address by."""
+    ours = [nn.Parameter(torch.randn(5, 9))]
+    opt = LocalizedAdamW(ours, **OPTIONS)
+    steps(opt, ours, 3, seed=1)
+    turned = [nn.Parameter(ours[0].detach().t().contiguous().t())]
+    second = LocalizedAdamW(turned, **OPTIONS)
+    second.load_state_dict(saved(opt))
+    for _ in range(3):
+        give_gradients(ours, turned)
+        opt.step()
+        second.step()
+    assert turned[0].stride() == (1, 5)
+    assert_same_bits(turned[0], ours[0], "param")
 
 
 def test_moments_assigned_by_hand_are_used():

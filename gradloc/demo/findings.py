@@ -112,8 +112,8 @@ def _control(outcome: Outcome) -> str:
     forgot = verdict(_differences(runs, control, lambda run: run.scores.nll("unchanged")))
     if learned == 0 and forgot == 0:
         sentence += (
-            " So in this world it did not show which layers were chosen; what differs from full "
-            "training comes from training fewer of them."
+            " So these runs do not show that it matters which layers train, only that fewer of "
+            "them do."
         )
     return sentence
 

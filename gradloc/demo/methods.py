@@ -40,12 +40,14 @@ GENTLE = Method(
 FREEZE = Method(
     "tgl-fp",
     "TGL + FP",
-    "Only the layers whose ratio R is above the mean train; all others are frozen.",
+    "Traced gradient layers, frozen parameters: only the layers whose ratio R is above the mean "
+    "train; all others are frozen.",
 )
 SCALE = Method(
     "tgl-alr",
     "TGL + ALR",
-    "Every layer trains, with a learning rate proportional to its R (1 on average).",
+    "Traced gradient layers, adaptive learning rates: every layer trains, at a rate proportional "
+    "to its R and on average the full one.",
 )
 RANDOM = Method(
     "random",

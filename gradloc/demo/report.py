@@ -109,8 +109,9 @@ def _what_came_out(outcome: Outcome) -> list[str]:
         *parts,
         "<h3>Learning against keeping</h3>",
         f"<figure>{trade_off_svg(outcome)}<figcaption>Each small dot is a run, each large one a "
-        "method's mean. Up and to the right is better. A point that lies lower and further right "
-        "than another has learned more and kept less.</figcaption></figure>",
+        "method's mean; losses in nats a token, as in the table. Up and to the right is better. A "
+        "point that lies lower and further right than another has learned more and kept "
+        "less.</figcaption></figure>",
     ]
 
 

@@ -122,8 +122,14 @@ def _score_cells(scores: Sequence[Scores]) -> list[Cell]:
         cells.append(Cell(f"{right:.0%}", _spread([one.nll(kind) for one in scores])))
     for period in PERIODS:
         mean, _ = mean_and_sd([one.text[period].nll for one in scores])
-        cells.append(Cell(f"{math.exp(min(mean, 700)):.3g}"))
+        cells.append(Cell(_three_digits(math.exp(min(mean, 700)))))
     return cells
+
+
+def _three_digits(value: float) -> str:
+    if not math.isfinite(value):
+        return "n/a"
+    return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f}"
 
 
 def _spread(values: Sequence[float]) -> str:
