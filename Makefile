@@ -22,6 +22,7 @@ check: $(VENV)/.checks
 bench: $(VENV)/.installed
 	$(BIN)/python bench/norms.py --json bench/results/norms-local.json
 	$(BIN)/python bench/adamw.py --json bench/results/adamw-local.json
+	$(BIN)/python bench/trace.py --json bench/results/trace-local.json
 
 format: $(VENV)/.checks
 	$(BIN)/ruff format .
