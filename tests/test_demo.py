@@ -232,10 +232,10 @@ def sentence(outcome, begin):
     [
         (0.5, -0.4, ("learned less", "forgot less", "A trade: less learned")),
         (-0.5, 0.4, ("learned more", "forgot more", "A trade: more learned")),
-        (-0.5, -0.4, ("learned more", "forgot less", "Better, here.")),
-        (0.0, -0.4, ("learned about as much", "forgot less", "Better, here.")),
-        (0.5, 0.4, ("learned less", "forgot more", "Worse, here.")),
-        (0.5, 0.0, ("learned less", "forgot about as much", "Worse, here.")),
+        (-0.5, -0.4, ("learned more", "forgot less", "Better on facts, here.")),
+        (0.0, -0.4, ("learned about as much", "forgot less", "Better on facts, here.")),
+        (0.5, 0.4, ("learned less", "forgot more", "Worse on facts, here.")),
+        (0.5, 0.0, ("learned less", "forgot about as much", "Worse on facts, here.")),
         (0.0, 0.0, ("learned about as much", "forgot about as much", "No clear difference")),
     ],
 )
@@ -261,7 +261,7 @@ def test_the_control_decides_whether_the_choice_mattered():
     assert "do not show that it matters" in sentence(same, "TGL + FP against as many random layers")
     better = made_up({FREEZE: (0.5, -0.4), RANDOM: (0.9, 0.1)})
     words = sentence(better, "TGL + FP against as many random layers")
-    assert "Better, here." in words
+    assert "Better on facts, here." in words
     assert "do not show" not in words
 
 
@@ -270,7 +270,7 @@ def test_half_the_learning_rate_is_a_control():
         made_up({FREEZE: (0.5, -0.4), GENTLE: (0.6, 0.1)}),
         "TGL + FP against full AdamW at half the learning rate",
     )
-    assert "Better, here." in words
+    assert "Better on facts, here." in words
     assert "−0.10 ± 0.00" in words
     assert "−0.50 ± 0.00" in words
 

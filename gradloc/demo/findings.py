@@ -93,11 +93,11 @@ def _compared(outcome: Outcome, method: Method, other: Method) -> str:
 
 def _judged(learned: int, forgot: int) -> str:
     if learned == 0 and forgot == 0:
-        return "No clear difference in either."
+        return "No clear difference on facts."
     if learned >= 0 and forgot <= 0:
-        return "Better, here."
+        return "Better on facts, here."
     if learned <= 0 and forgot >= 0:
-        return "Worse, here."
+        return "Worse on facts, here."
     return (
         "A trade: less learned for less forgotten, as a lower learning rate would do."
         if learned < 0

@@ -98,13 +98,17 @@ def _work(output: Path, seed: int, quick: bool, settings: DemoSettings, stages: 
     stages.begin("Making a world whose facts change at a date")
     world.write(
         output / "world",
-        old_tokens=settings.old_tokens,
+        old_tokens=1,  # written anew below, with another share of facts
         new_tokens=settings.new_tokens,
         text_documents=settings.text_documents,
     )
-    # Apart from the text that forgetting is measured on.
-    reference = world.text("old", 2 * settings.text_documents, seed=1)
-    write_text(output / "world/reference.txt", "".join(text + "\n" for text in reference))
+    texts = {
+        "old": world.old_corpus(settings.old_tokens, share_facts=settings.share_facts),
+        # Apart from the text that forgetting is measured on.
+        "reference": world.text("old", 2 * settings.text_documents, seed=1),
+    }
+    for name, documents in texts.items():
+        write_text(output / f"world/{name}.txt", "".join(text + "\n" for text in documents))
     num_old_facts = sum(fact.old is not None for fact in world.facts)
     changed = sum(fact.kind == "updated" for fact in world.facts)
     stages.note(

@@ -17,6 +17,8 @@ class DemoSettings:
         num_new_entities: entities that appear at the date.
         num_objects: objects a relation.
         old_tokens: words of the corpus from before the date.
+        share_facts: the share of them in sentences about facts. With more of them the facts are
+            learned sooner: at 0.6 one world of three was known by 75 % only after 1,000 steps.
         new_tokens: words of the corpus from after it.
         text_documents: passages in each file of ordinary text to measure on.
         width: of the GPT-2's hidden states.
@@ -39,7 +41,8 @@ class DemoSettings:
     num_entities: int = 60
     num_new_entities: int = 20
     num_objects: int = 24
-    old_tokens: int = 1_050_000
+    old_tokens: int = 1_200_000
+    share_facts: float = 0.75
     new_tokens: int = 120_000
     text_documents: int = 200
     width: int = 128
@@ -47,7 +50,7 @@ class DemoSettings:
     num_heads: int = 4
     block_size: int = 64
     batch_size: int = 16
-    base_steps: int = 1000
+    base_steps: int = 1200
     base_learning_rate: float = 4e-3
     check_every: int = 100
     enough: float = 0.98
