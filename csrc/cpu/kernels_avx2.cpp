@@ -89,6 +89,10 @@ struct SquareLanes {
     lane[2] = add_square(lane[2], _mm256_castps256_ps128(g.hi));
     lane[3] = add_square(lane[3], _mm256_extractf128_ps(g.hi, 1));
   }
+  // Straight from memory: the conversion loads its quarter, and no shuffle is needed.
+  void add_squares_at(const float* p) {
+    for (int i = 0; i < 4; ++i) lane[i] = add_square(lane[i], _mm_loadu_ps(p + 4 * i));
+  }
   void add_values(Vec16 x) {
     lane[0] = _mm256_add_pd(lane[0], _mm256_cvtps_pd(_mm256_castps256_ps128(x.lo)));
     lane[1] = _mm256_add_pd(lane[1], _mm256_cvtps_pd(_mm256_extractf128_ps(x.lo, 1)));

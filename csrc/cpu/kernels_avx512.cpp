@@ -61,6 +61,13 @@ struct SquareLanes {
     low = _mm512_fmadd_pd(a, a, low);  // a·a is exact in float64: fused or not, the same bits
     high = _mm512_fmadd_pd(b, b, high);
   }
+  // Straight from memory: the conversion loads its half, and no shuffle is needed.
+  void add_squares_at(const float* p) {
+    const __m512d a = _mm512_cvtps_pd(_mm256_loadu_ps(p));
+    const __m512d b = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8));
+    low = _mm512_fmadd_pd(a, a, low);
+    high = _mm512_fmadd_pd(b, b, high);
+  }
   void add_values(Vec16 x) {
     low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
     high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)));

@@ -62,7 +62,13 @@ double norm_sq_wide(const void* grad, int32_t size) {
   SquareSum sum;
   int32_t at = 0;
   for (; at + 64 <= size; at += 64) {
-    for (int k = 0; k < 4; ++k) sum.lanes[k].add_squares(G::load(grad, at + 16 * k));
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (D == DType::kFloat32) {
+        sum.lanes[k].add_squares_at(static_cast<const float*>(grad) + at + 16 * k);
+      } else {
+        sum.lanes[k].add_squares(G::load(grad, at + 16 * k));
+      }
+    }
   }
   for (int k = 0; at < size; at += 16, ++k) {
     sum.lanes[k].add_squares(at + 16 <= size ? G::load(grad, at)

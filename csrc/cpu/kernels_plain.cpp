@@ -123,6 +123,7 @@ struct SquareLanes {
       lane[i] += value * value;
     }
   }
+  void add_squares_at(const float* p) { add_squares(load_float(p)); }
   void add_values(const Vec16& x) {
     for (int i = 0; i < 16; ++i) lane[i] += x.v[i];
   }
