@@ -102,12 +102,8 @@ struct SquareLanes {
   void add(const SquareLanes& other) {
     for (int i = 0; i < 4; ++i) lane[i] = _mm256_add_pd(lane[i], other.lane[i]);
   }
-  double total() const {
-    double value[16];
-    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(value + 4 * i, lane[i]);
-    double sum = 0.0;
-    for (double v : value) sum += v;
-    return sum;
+  void store(double* out) const {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(out + 4 * i, lane[i]);
   }
 };
 

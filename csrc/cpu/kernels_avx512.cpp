@@ -76,13 +76,9 @@ struct SquareLanes {
     low = _mm512_add_pd(low, other.low);
     high = _mm512_add_pd(high, other.high);
   }
-  double total() const {
-    double lane[16];
-    _mm512_storeu_pd(lane, low);
-    _mm512_storeu_pd(lane + 8, high);
-    double sum = 0.0;
-    for (double value : lane) sum += value;
-    return sum;
+  void store(double* out) const {
+    _mm512_storeu_pd(out, low);
+    _mm512_storeu_pd(out + 8, high);
   }
 };
 

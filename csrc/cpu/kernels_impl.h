@@ -52,7 +52,11 @@ struct SquareSum {
     lanes[0].add(lanes[1]);
     lanes[2].add(lanes[3]);
     lanes[0].add(lanes[2]);
-    return lanes[0].total();
+    double lane[16];
+    lanes[0].store(lane);
+    double sum = 0.0;
+    for (double value : lane) sum += value;
+    return sum;
   }
 };
 

@@ -130,11 +130,7 @@ struct SquareLanes {
   void add(const SquareLanes& other) {
     for (int i = 0; i < 16; ++i) lane[i] += other.lane[i];
   }
-  double total() const {
-    double sum = 0.0;
-    for (double value : lane) sum += value;
-    return sum;
-  }
+  void store(double* out) const { std::memcpy(out, lane, sizeof lane); }
 };
 
 }  // namespace
