@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from gradloc import LayerMap, LayerPlan
+
+SHARES = (1.0, 0.5, 0.25, 0.1)
+
+
+def plan_of_share(layers: LayerMap, share: float) -> tuple[LayerPlan, float]:
+    """Whole layers, largest first, until about `share` of the elements train; the true share."""
+    sizes = {layer.name: layer.num_elements for layer in layers}
+    total = sum(sizes.values())
+    active: set[str] = set()
+    left = share * total
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if size <= left * 1.02:
+            active.add(name)
+            left -= size
+    plan = LayerPlan({name: float(name in active) for name in sizes}, policy=f"share {share}")
+    return plan, sum(sizes[name] for name in active) / total
+
 
 def gpt2_small() -> list[tuple[str, tuple[int, ...]]]:
     """(layer name, shape) of every parameter; the layers are gradloc's submodules."""

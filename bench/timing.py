@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -43,13 +44,15 @@ def interleave(
     for _ in range(2):
         for run in versions.values():
             run()
+    draw = random.Random(0)
+    names = list(versions)
     start = time.perf_counter()
     rounds = 0
     while rounds < min_rounds or time.perf_counter() - start < seconds:
-        # Another order each round, so that no version always runs after the same one.
-        names = list(versions)
-        shift = rounds % len(names)
-        for name in names[shift:] + names[:shift]:
+        # Another order each round: what one version leaves in the caches should not always help
+        # the same other one.
+        draw.shuffle(names)
+        for name in names:
             begin = time.perf_counter()
             versions[name]()
             samples[name].append(time.perf_counter() - begin)
@@ -91,8 +94,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(rows: list[dict[str, Any]], columns: list[str], path: str | None, name: str) -> None:
-    """Print the rows as a table and write them with the machine as JSON."""
+def report(
+    rows: list[dict[str, Any]],
+    columns: list[str],
+    path: str | None,
+    name: str,
+    bounds: list[str] | None = None,
+) -> None:
+    """Print the rows as a table, then the bounds; write both with the machine as JSON."""
     about = machine()
     parts = (about["processor"], f"{about['threads']} threads", about["simd"])
     print(f"{name}: {', '.join(parts)}, torch {about['torch']}")
@@ -100,12 +109,13 @@ def report(rows: list[dict[str, Any]], columns: list[str], path: str | None, nam
     print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)))
     for row in rows:
         print("  ".join(_cell(row.get(c)).ljust(w) for c, w in zip(columns, widths, strict=True)))
+    for line in bounds or ():
+        print(line)
     if path:
+        body = {"benchmark": name, "machine": about, "bounds": bounds or [], "rows": rows}
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(
-            json.dumps({"benchmark": name, "machine": about, "rows": rows}, indent=1) + "\n"
-        )
+        target.write_text(json.dumps(body, indent=1) + "\n")
         print(f"written to {target}")
 
 

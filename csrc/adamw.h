@@ -23,6 +23,7 @@ struct AdamWGroup {
 struct AdamWScalars {
   float grad_coef;              // clip coefficient, negative when maximizing
   float decay;                  // 1 - lr·s·weight_decay
+  float beta1;                  //
   float one_minus_beta1;        // 1 - beta1
   float beta2;                  //
   float one_minus_beta2;        // 1 - beta2
@@ -38,6 +39,7 @@ inline AdamWScalars adamw_scalars(const AdamWGroup& group, double step, double l
   AdamWScalars scalars;
   scalars.grad_coef = static_cast<float>(group.maximize ? -clip_coef : clip_coef);
   scalars.decay = static_cast<float>(1.0 - lr * group.weight_decay);
+  scalars.beta1 = static_cast<float>(group.beta1);
   scalars.one_minus_beta1 = static_cast<float>(1.0 - group.beta1);
   scalars.beta2 = static_cast<float>(group.beta2);
   scalars.one_minus_beta2 = static_cast<float>(1.0 - group.beta2);
@@ -47,16 +49,18 @@ inline AdamWScalars adamw_scalars(const AdamWGroup& group, double step, double l
   return scalars;
 }
 
-// One AdamW update (Loshchilov & Hutter 2019, Algorithm 2, in the order of operations of
-// torch.optim.AdamW):
-//   g ← coef·g;  p ← decay·p;  m ← m + (1-β1)(g - m);  v ← β2·v + (1-β2)·g²
+// One AdamW update (Loshchilov & Hutter 2019, Algorithm 2; torch.optim.AdamW):
+//   g ← coef·g;  p ← decay·p;  m ← β1·m + (1-β1)·g;  v ← β2·v + (1-β2)·g²
 //   p ← p - step_size · m / (sqrt(v̂)/bias_correction2_sqrt + eps),  v̂ = max over steps with amsgrad
-// F is float, or a vector of floats with + - * / and the functions square_root and maximum.
+// m is interpolated from its nearer end, as torch.lerp does: from the other, bits of g would be
+// lost. F is float, or a vector of floats with + - * / and the functions square_root and maximum.
 template <bool kAmsgrad, class F>
 GRADLOC_HOST_DEVICE inline void adamw_element(F& param, F grad, F& exp_avg, F& exp_avg_sq,
                                               F& max_exp_avg_sq, const AdamWScalars& s) {
   grad = grad * F(s.grad_coef);
-  exp_avg = exp_avg + (grad - exp_avg) * F(s.one_minus_beta1);
+  const F way = grad - exp_avg;
+  exp_avg =
+      s.one_minus_beta1 < 0.5f ? exp_avg + way * F(s.one_minus_beta1) : grad - way * F(s.beta1);
   exp_avg_sq = exp_avg_sq * F(s.beta2) + grad * grad * F(s.one_minus_beta2);
   F second = exp_avg_sq;
   if constexpr (kAmsgrad) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands of docs/real-model.md in one go: trace a real model, train the layers found, evaluate before and after.
 #
-#   examples/real_model.sh OUT_FOLDER DATA_FOLDER [MODEL]     about 12 minutes on 2 cores; MODEL: an id, a folder or a .gguf file
+#   examples/real_model.sh OUT_FOLDER DATA_FOLDER [MODEL]     about 7 minutes on 2 cores; MODEL: an id, a folder or a .gguf file
 #   examples/real_model.sh --short OUT_FOLDER DATA_FOLDER     a small random GPT-2 in place of the model, a minute
 #
 # DATA_FOLDER holds templama/, ecbd/ and wikitext2/ as docs/real-model.md describes.

@@ -30,8 +30,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             about it.
     """
     target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"path={str(target)!r} is a folder: add a file name")
     check_writable(target)
     handle, name = tempfile.mkstemp(
         prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
@@ -64,7 +62,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(
             f"path={str(target)!r} is a file, not a folder: remove it or choose another name"
         )
-    check_writable(target)
+    _check_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
@@ -90,12 +88,17 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise now what writing `path` would raise later, for use before hours of work.
+    """Raise now what writing the file `path` would raise later, for use before hours of work.
 
     Raises:
-        OSError: the folder of `path` cannot be made or written.
+        OSError: `path` is a folder, or its folder cannot be made or written.
     """
-    folder = Path(path).parent
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path={str(path)!r} is a folder: add a file name")
+    _check_folder(Path(path).parent)
+
+
+def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

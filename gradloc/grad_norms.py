@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -23,18 +25,49 @@ def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
         float32 tensor [len(layers)] in the order of `layers.names`, on the gradients' device.
 
     Raises:
-        ValueError: the layers are those of another model, or a gradient is sparse.
+        ValueError: the layers are those of another model; a gradient is sparse or complex;
+            gradients lie on several devices.
     """
     found = layers.parameters(model)
     grads = [parameter.grad for _, parameter, _ in found]
     ids = [layer for _, _, layer in found]
-    for (name, _, _), grad in zip(found, grads, strict=True):
-        if grad is not None and grad.layout != torch.strided:
-            raise ValueError(
-                f"the gradient of parameter {name!r} has layout={grad.layout}: use sparse=False "
-                "in the embedding"
-            )
+    check_measurable(
+        (f"the gradient of parameter {name!r}", parameter.grad)
+        for name, parameter, _ in found
+        if parameter.grad is not None
+    )
     if all(grad is None or ops.runs_natively(grad) for grad in grads):
         sizes = [0 if grad is None else grad.numel() for grad in grads]
         return ops.NativeNorms(sizes, ids, len(layers)).norm_sq(grads).sqrt().float()
     return reference.layer_norm_sq(grads, ids, len(layers)).sqrt().float()
+
+
+def check_measurable(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that norms of these tensors, or of gradients that are like them, can be computed.
+
+    Args:
+        tensors: what a message calls each, and the tensor.
+
+    Raises:
+        ValueError: one is sparse, complex, or on another device than the first.
+    """
+    first: tuple[str, torch.device] | None = None
+    for what, tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{what} has layout={tensor.layout}: use sparse=False in the embedding"
+            )
+        if tensor.is_complex():
+            raise ValueError(
+                f"{what} has dtype={tensor.dtype}, and layers are measured over real numbers: "
+                "make the parameter torch.view_as_real of it, or freeze it and leave it out with "
+                "LayerMap.from_model(model, only_trainable=True)"
+            )
+        if first is None:
+            first = what, tensor.device
+        elif tensor.device != first[1]:
+            raise ValueError(
+                f"{what} is on device={tensor.device}, {first[0]} on {first[1]}: layers are "
+                "measured on one device; move the whole model there with model.to(device), and "
+                "load it without device_map"
+            )

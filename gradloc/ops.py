@@ -110,6 +110,17 @@ class NativeAdamW:
 
     def __init__(self, slots: Sequence[AdamWSlot], num_layers: int) -> None:
         self.slots = tuple(slots)
+        for slot in self.slots:
+            moments = (slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq)
+            assert runs_natively(slot.param)
+            assert all(
+                m is None
+                or (m.shape, m.stride(), m.dtype, m.device)
+                == (slot.param.shape, slot.param.stride(), torch.float32, slot.param.device)
+                for m in moments
+            )
+            assert slot.step.dtype == torch.float32
+            assert slot.step.numel() == 1
         self._strides = [slot.param.stride() for slot in slots]
         self.addresses = [slot.param.data_ptr() for slot in slots]
         self._num_layers = num_layers

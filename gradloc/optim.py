@@ -25,7 +25,7 @@ from gradloc.optim_checks import (
     parameter_name,
 )
 from gradloc.optim_state import (
-    MOMENTS,
+    check_saved,
     ensure_state,
     laid_out,
     mend_step,
@@ -35,6 +35,8 @@ from gradloc.optim_state import (
 from gradloc.plan import LayerPlan
 from gradloc.reference import AdamWGroup, clip_coefficient
 
+# What says how the update is computed, not what it is.
+_OWN_KEYS = ("foreach", "capturable", "differentiable", "fused")
 _Active = tuple[Tensor, int, int, int]  # parameter, layer, param group, position in the group
 
 
@@ -238,14 +240,29 @@ class LocalizedAdamW(torch.optim.Optimizer):
         """Load a state dict of this class or of `torch.optim.AdamW`.
 
         torch casts moments to the dtype of their parameter, which would round the float32 moments
-        of a bfloat16 model; here they come back as they were saved.
+        of a bfloat16 model; here they come back as they were saved. How the update is computed
+        (`fused`, `foreach`) stays as this optimizer was made: it is no part of the state.
+
+        Raises:
+            ValueError: the state is that of other parameters, or its hyperparameters are out of
+                range; nothing has been changed then.
         """
+        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+        own = [{key: group[key] for key in _OWN_KEYS} for group in self.param_groups]
+        both = zip(self.param_groups, saved_groups, own, strict=False)
+        for g, (group, saved, kept) in enumerate(both):
+            check_group({**self.defaults, **saved, **kept})
+            for i, (param, saved_id) in enumerate(
+                zip(group["params"], saved["params"], strict=False)
+            ):
+                name = parameter_name(group, g, i)
+                check_saved(saved_state.get(saved_id, {}), param, name)
         super().load_state_dict(state_dict)
-        saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        params = (p for group in self.param_groups for p in group["params"])
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            if saved_id in state_dict["state"]:
-                restore_moments(self.state[param], state_dict["state"][saved_id], param)
+        for group, saved, kept in zip(self.param_groups, saved_groups, own, strict=True):
+            group.update(kept)
+            for param, saved_id in zip(group["params"], saved["params"], strict=True):
+                if saved_id in saved_state:
+                    restore_moments(self.state[param], saved_state[saved_id], param)
         self._forget_work()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,7 +282,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)  # older state dicts lack some
         for param_state in self.state.values():
-            mend_step(param_state)
+            if "step" in param_state:
+                mend_step(param_state)
         self._forget_norms()
         self._forget_work()
 
@@ -311,7 +329,11 @@ class LocalizedAdamW(torch.optim.Optimizer):
             if grad is not None
             and ensure_state(self.state[param], param, amsgrad=self.param_groups[g]["amsgrad"])
         ]
-        self._refresh_works(self._active)
+        try:
+            self._refresh_works(self._active)
+        except Exception:
+            self._drop_fresh()
+            raise
         work_grads = []
         measured: set[int] = set()
         for work, positions in self._works:
@@ -322,6 +344,11 @@ class LocalizedAdamW(torch.optim.Optimizer):
             work_grads.append((work, work.gather(ours)))
         self._measured = sorted(measured)
         return work_grads
+
+    def _drop_fresh(self) -> None:
+        for param in self._fresh:
+            del self.state[param]
+        self._fresh = []
 
     def _refresh_works(self, active: list[_Active]) -> None:
         """Prepare the work anew when a parameter or its state is no longer the tensor it was."""
@@ -338,7 +365,7 @@ class LocalizedAdamW(torch.optim.Optimizer):
                 laid_out(state, "exp_avg", param),
                 laid_out(state, "exp_avg_sq", param),
                 laid_out(state, "max_exp_avg_sq", param) if group["amsgrad"] else None,
-                state["step"],
+                mend_step(state),
                 layer,
                 g,
             )
@@ -351,11 +378,13 @@ class LocalizedAdamW(torch.optim.Optimizer):
         self._key = self._state_key(active)
 
     def _state_key(self, active: list[_Active]) -> list[Any]:
-        # The slots keep their tensors alive, so an id that is found again is the same object.
+        # Addresses and not objects: a tensor may get other memory in place (share_memory_, .data).
         key: list[Any] = [(group["amsgrad"], group["fused"]) for group in self.param_groups]
         for param, _, _, _ in active:
             state = self.state.get(param, {})
-            key.append((param.data_ptr(), *(id(state.get(name)) for name in ("step", *MOMENTS))))
+            key.append(
+                (param.shape, param.stride(), param.data_ptr(), *map(_address, state.values()))
+            )
         return key
 
     def _record_norms(self, norm_sqs: list[Tensor]) -> None:
@@ -365,8 +394,7 @@ class LocalizedAdamW(torch.optim.Optimizer):
             self._norm_sq = torch.zeros(len(self._scales()), dtype=torch.float64)
 
     def _nonfinite(self, loss: Any) -> Any:
-        for param in self._fresh:
-            del self.state[param]
+        self._drop_fresh()
         self.num_skipped_steps += 1
         if self._on_nonfinite == "raise":
             bad = (~torch.isfinite(cast(Tensor, self._norm_sq))).nonzero().flatten().tolist()
@@ -379,6 +407,10 @@ class LocalizedAdamW(torch.optim.Optimizer):
                 "changed. Lower the learning rate or look at the batch, or use on_nonfinite='skip'"
             )
         return loss
+
+
+def _address(value: Any) -> int | None:
+    return value.data_ptr() if isinstance(value, Tensor) else None
 
 
 def _hyperparameters(group: dict[str, Any]) -> AdamWGroup:

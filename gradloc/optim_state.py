@@ -29,8 +29,18 @@ def ensure_state(state: dict[str, Any], param: Tensor, *, amsgrad: bool) -> bool
 
 
 def laid_out(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
-    """The moment; first brought to the right dtype, device and memory order if need be."""
+    """The moment; first brought to the right dtype, device and memory order if need be.
+
+    Raises:
+        ValueError: the moment has another shape than the parameter.
+    """
     moment: Tensor = state[key]
+    if moment.shape != param.shape:
+        raise ValueError(
+            f"state {key!r} has shape={tuple(moment.shape)}, its parameter {tuple(param.shape)}: "
+            "the state is that of another model, or the parameter was resized; load a fitting "
+            "state, or clear optimizer.state[parameter] to start afresh"
+        )
     if (
         moment.dtype != compute_dtype(param.dtype)
         or moment.device != param.device
@@ -48,10 +58,28 @@ def restore_moments(state: dict[str, Any], saved: dict[str, Any], param: Tensor)
             state[key] = saved[key].detach().to(param.device, wide, copy=True)
 
 
-def mend_step(state: dict[str, Any]) -> None:
+def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
+    """Check that a state to be loaded is that of such a parameter.
+
+    Raises:
+        ValueError: a moment has another shape.
+    """
+    for key in MOMENTS:
+        shape = saved[key].shape if key in saved else param.shape
+        if shape != param.shape:
+            raise ValueError(
+                f"state_dict: {key!r} of parameter {name} has shape={tuple(shape)}, the parameter "
+                f"{tuple(param.shape)}: the state is that of another model"
+            )
+
+
+def mend_step(state: dict[str, Any]) -> Tensor:
     """Bring `step` to float32 on the CPU: old torch kept numbers, fused AdamW a device tensor."""
-    if "step" in state:
-        state["step"] = torch.as_tensor(state["step"]).detach().to("cpu", torch.float32)
+    step = torch.as_tensor(state["step"]).detach()
+    if step.dtype != torch.float32 or step.device.type != "cpu" or step.dim():
+        step = step.reshape(()).to("cpu", torch.float32)
+    state["step"] = step
+    return step
 
 
 def state_bytes(state: dict[str, Any]) -> int:

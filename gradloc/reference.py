@@ -94,7 +94,7 @@ def adamw_step(
     g = grad.to(wide) * clip_coef
     if group.maximize:
         g = -g
-    exp_avg.add_((g - exp_avg) * (1.0 - group.beta1))
+    exp_avg.lerp_(g, 1.0 - group.beta1)
     exp_avg_sq.mul_(group.beta2).add_(g * g * (1.0 - group.beta2))
     second = exp_avg_sq
     if max_exp_avg_sq is not None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from gradloc.grad_norms import layer_grad_norms
+from gradloc.grad_norms import check_measurable, layer_grad_norms
 from gradloc.layers import LayerMap
 from gradloc.measurement import REFERENCE_LOSSES, Measurement, ProfiledLayer
 from gradloc.profile import GradientProfile
-from gradloc.trace_batches import Batch, BatchSet, matched_to, read_batches
+from gradloc.trace_batches import Batch, BatchSet, matched_to, read_batches, warn_of_sizes
 from gradloc.trace_guard import keeping_random_state, tracing_only
 
 
@@ -47,7 +47,8 @@ def trace_gradients(
             loss), or {kind: batches}. Batches alone are of the kind "probe". Iterables are read
             once, before the first pass.
         reference: batches of ordinary text. A norm depends on how many tokens a batch averages
-            over: give batches of as many sequences as the probes'.
+            over: give batches of as many sequences as the probes'. A UserWarning says where batches
+            differ.
         layers: what to measure; None: `LayerMap.from_model(model)`.
         reference_loss: "all": the reference's loss falls on all its labels, as in the paper.
             "matched-spans": on one random span a sequence, as long as the probes' (drawn for each
@@ -62,8 +63,9 @@ def trace_gradients(
 
     Raises:
         ValueError: before anything is changed: no batches, a batch without labels or with none but
-            -100, layers that don't fit the model, an unknown reference_loss, a parameter whose hook
-            acts as soon as it has a gradient. After everything is restored: an output without loss,
+            -100, layers that don't fit the model, an unknown reference_loss, a complex parameter,
+            parameters on several devices, a parameter whose hook acts as soon as it has a
+            gradient. After everything is restored: an output without loss,
             a norm that is not finite, a layer that has a gradient on probes and none on the
             reference.
     """
@@ -73,7 +75,9 @@ def trace_gradients(
             f"reference_loss={reference_loss!r}: choose 'all', 'matched-spans' or both"
         )
     layer_map = LayerMap.from_model(model) if layers is None else layers
-    traced = [parameter for _, parameter, _ in layer_map.parameters(model)]
+    named = [(name, parameter) for name, parameter, _ in layer_map.parameters(model)]
+    check_measurable((f"parameter {name!r}", parameter) for name, parameter in named)
+    traced = [parameter for _, parameter in named]
     # Before the first batch is read: even a DataLoader that does not shuffle draws from the global
     # generator.
     with keeping_random_state():
@@ -83,6 +87,7 @@ def trace_gradients(
         general = BatchSet("the reference", reference_batches, first)
         for one in (*sets, general):
             one.check()
+        warn_of_sizes([*sets, general])
         wanted = list(sets)
         for loss in losses:
             if loss == "all":

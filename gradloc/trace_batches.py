@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -96,6 +97,30 @@ def read_batches(
             "kind='reference' is the reference's own name: call the probes something else"
         )
     return {str(kind): list(batches) for kind, batches in by_kind.items()}, list(reference)
+
+
+def warn_of_sizes(sets: Sequence[BatchSet]) -> None:
+    """Warn, once for all, where batches differ in their number of sequences.
+
+    Every batch counts the same in a mean over batches, and the gradient of a mean over fewer
+    sequences is larger, whatever they are: one small batch at the end lifts a kind's ratio in every
+    layer.
+    """
+    sizes = {
+        one.what: sorted({len(one.labels(index)) for index in range(len(one.batches))})
+        for one in sets
+    }
+    if len({size for found in sizes.values() for size in found}) < 2:
+        return
+    shown = "; ".join(f"{what}: {', '.join(map(str, found))}" for what, found in sizes.items())
+    warnings.warn(
+        f"batches differ in their number of sequences ({shown}), so their gradient norms differ "
+        "for that reason alone: give every batch, of every kind and of the reference, equally many "
+        "sequences (gradloc.probes.encode.even_batches does, probe_batches with whole_batches=True "
+        "leaves out a smaller last one)",
+        UserWarning,
+        stacklevel=3,  # the caller of trace_gradients
+    )
 
 
 def matched_to(general: BatchSet, probes: BatchSet, seed: int, kind: str) -> BatchSet:

@@ -108,6 +108,19 @@ def test_what_is_traced_is_not_what_is_scored(demo):
     assert not set(traced_text.splitlines()) & set(scored_text.splitlines())
 
 
+def test_every_traced_batch_is_whole(demo):
+    profile = demo.outcome.profile
+    traced = {kind: len(split_facts(world_of(demo).probes()[kind])[0]) for kind in KINDS}
+    assert any(min(count, QUICK.max_probes) % QUICK.trace_batch_size for count in traced.values())
+    measured = [*profile.probes.values()]
+    measured += [one for by_kind in profile.references.values() for one in by_kind.values()]
+    for one in measured:
+        assert one.num_sequences == one.num_batches * QUICK.trace_batch_size
+    for kind, count in traced.items():
+        whole = min(count, QUICK.max_probes) // QUICK.trace_batch_size
+        assert profile.probes[kind].num_batches == whole, kind
+
+
 def test_world_files_hold_all_probes(demo):
     world = world_of(demo)
     for kind in KINDS:

@@ -79,7 +79,7 @@ def knowing(tokenizer):
 def test_exact_match_is_greedy_decoding(knowing, tokenizer):
     right = [probe(index, kind="right") for index in range(5)]
     wrong = [probe(index, kind="wrong", shift=3) for index in range(5)]
-    mixed = [probe(0, kind="mixed"), probe(1, kind="mixed", shift=2)]
+    mixed = [probe(0, kind="mixed"), probe(1, kind="mixed", shift=3)]
     scores = evaluate_probes(knowing, tokenizer, [*right, *wrong, *mixed], batch_size=4)
     assert scores["right"].exact_match == 1.0
     assert scores["wrong"].exact_match == 0.0

@@ -160,6 +160,12 @@ def test_a_folder_where_the_file_should_be(tmp_path):
     assert names(tmp_path) == ["taken"]
 
 
+def test_a_folder_is_found_before_the_work(tmp_path):
+    """`check_writable` looked at the parent only, so it passed and `replacing` failed later."""
+    with pytest.raises(IsADirectoryError, match="is a folder: add a file name"):
+        check_writable(tmp_path)
+
+
 def test_a_folder_is_replaced_whole(tmp_path):
     target = tmp_path / "model"
     for content in ("one", "two"):

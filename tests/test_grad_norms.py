@@ -129,3 +129,32 @@ def test_sparse_gradients():
     model["words"](torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"words\.weight.*use sparse=False"):
         layer_grad_norms(model, LayerMap.from_model(model))
+
+
+def test_complex_gradients():
+    model = make_model()
+    model["turn"] = nn.Linear(2, 2, dtype=torch.complex64)
+    layers = LayerMap.from_model(model)
+    fill(model)
+    message = r"gradient of parameter 'turn\.weight' has dtype=torch\.complex64.*view_as_real"
+    with pytest.raises(ValueError, match=message):
+        layer_grad_norms(model, layers)
+    # Without a gradient it counts as 0.
+    model["turn"].zero_grad()
+    assert layer_grad_norms(model, layers).tolist()[2] == 0
+
+
+def test_gradients_on_several_devices():
+    model = make_model()
+    fill(model)
+    model["second"] = nn.Linear(5, 3, device="meta")
+    fill(model)
+    message = (
+        r"gradient of parameter 'second\.weight' is on device=meta, the gradient of parameter "
+        r"'first\.weight' on cpu.*model\.to\(device\)"
+    )
+    layers = LayerMap.from_model(model)
+    with pytest.raises(ValueError, match=message):
+        layer_grad_norms(model, layers)
+    model["second"].zero_grad()
+    assert layer_grad_norms(model, layers).tolist()[1] == 0

@@ -119,3 +119,14 @@ def test_the_reader_of_imports():
     text = "import a\nif TYPE_CHECKING:\n import b\ndef f():\n import c\nclass D:\n from e import f"
     assert imports_at_import(ast.parse(text)) == {"a", "e.f"}
     assert imports(ast.parse(text)) == {"a", "b", "c", "e.f"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
+def test_one_openmp_runtime_in_the_process():
+    """Two would each spin their threads on the same cores (docs/decisions/0001)."""
+    code = (
+        "import gradloc.ops, torch; gradloc.ops.NativeNorms([9], [0], 1).norm_sq([torch.ones(9)]);"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(ast.literal_eval(ran.stdout.strip().replace("set()", "()"))) <= 1, ran.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from gradloc.policies import (
     needs_profile,
     retrace_every,
 )
+from gradloc.policies import policy as policy_module
 from gradloc.profile import GradientProfile
 
 NAMES = ("wte", "h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp")
@@ -238,3 +240,13 @@ def test_a_policy_in_five_lines():
     assert Retrace(strongest_attention, every=5)(PROFILE, step=5).active == ("h.1.attn",)
     assert needs_profile(strongest_attention)
     assert retrace_every(strongest_attention) is None
+
+
+def test_the_example_in_the_docstring_runs():
+    lines = policy_module.__doc__.splitlines()
+    code = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
+    names = {"LayerPlan": LayerPlan}
+    exec(code, names)
+    plan = names["attention_only"](PROFILE)
+    assert plan.active == ("h.0.attn", "h.1.attn")
+    assert plan.policy == "attention only"

@@ -103,7 +103,7 @@ def assert_close(found, expected, rtol=2e-5):
 @pytest.mark.parametrize("granularity", ["submodule", "block", "tensor"])
 def test_norms_ratios_and_errors_against_autograd(gpt2, granularity):
     layers = LayerMap.from_model(gpt2, granularity=granularity)
-    probes = {"updated": batches(3, 2, span=(4, 6)), "new": batches(5, 3, span=(7, 8), seed=1)}
+    probes = {"updated": batches(3, 2, span=(4, 6)), "new": batches(5, 2, span=(7, 8), seed=1)}
     reference = batches(4, 2, seed=2)
     profile = trace_gradients(gpt2, probes, reference, layers=layers, progress=False, step=7)
 
@@ -123,7 +123,7 @@ def test_norms_ratios_and_errors_against_autograd(gpt2, granularity):
     assert profile.kinds == ("updated", "new")
     assert (profile.step, profile.granularity) == (7, granularity)
     new = profile.probes["new"]
-    assert (new.num_batches, new.num_sequences, new.num_tokens) == (5, 15, 15)
+    assert (new.num_batches, new.num_sequences, new.num_tokens) == (5, 10, 10)
     # Position 0 has no loss in a causal model.
     assert profile.references["all"]["new"].num_tokens == 8 * (LENGTH - 1)
 
@@ -303,7 +303,7 @@ def test_only_the_layers_of_the_map_get_gradients(gpt2):
 
 def test_matched_reference_has_as_many_tokens_per_kind(gpt2):
     # 6 probes each; 6 reference sequences: every length is dealt exactly once.
-    probes = {"short": batches(3, 2, span=(4, 5)), "long": batches(2, 3, span=(2, 9))}
+    probes = {"short": batches(3, 2, span=(4, 5)), "long": batches(3, 2, span=(2, 9))}
     profile = trace_gradients(
         gpt2, probes, batches(3, 2, seed=9), reference_loss=("all", "matched-spans"), progress=False
     )
@@ -329,7 +329,7 @@ def test_a_kind_s_spans_do_not_depend_on_other_kinds(gpt2):
     arguments = {"reference_loss": "matched-spans", "progress": False}
     alone = trace_gradients(gpt2, {"short": short}, batches(3, 2), **arguments)
     among = trace_gradients(
-        gpt2, {"long": batches(2, 3, span=(2, 9)), "short": short}, batches(3, 2), **arguments
+        gpt2, {"long": batches(3, 2, span=(2, 9)), "short": short}, batches(3, 2), **arguments
     )
     key = "matched-spans"
     assert alone.references[key]["short"] == among.references[key]["short"]
@@ -392,6 +392,6 @@ def test_a_layer_that_only_probes_reach():
             loss = super().forward(x, labels)
             return loss + self.unused(x[:, :2]).square().mean() if x.sum() > 1e6 else loss
 
-    probes = [{"x": torch.full((2, 3), 1e6), "labels": torch.zeros(2)}]
+    probes = [{"x": torch.full((5, 3), 1e6), "labels": torch.zeros(5)}]
     with pytest.raises(ValueError, match=r"'unused' get a gradient .* more reference batches"):
         trace_gradients(Switch(), probes, regression_batches(1), progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,8 @@ class Bigram(nn.Module):
         return nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
 
 
-def batch(seed):
-    ids = torch.randint(9, (2, 6), generator=torch.Generator().manual_seed(seed))
+def batch(seed, rows=2):
+    ids = torch.randint(9, (rows, 6), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
@@ -132,3 +133,33 @@ def test_progress_counts_every_batch(capsys):
     assert "8/8" in capsys.readouterr().err
     trace_gradients(*arguments, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("probes", "reference", "shown"),
+    [
+        (
+            {"new": [*GOOD, batch(2, rows=1)], "old": GOOD},
+            GOOD,
+            "the 'new' probes: 1, 2; the 'old'",
+        ),
+        ({"new": GOOD, "old": [batch(2, rows=3)]}, GOOD, "'old' probes: 3; the reference: 2"),
+        (GOOD, [batch(2, rows=4)], "the 'probe' probes: 2; the reference: 4"),
+        (GOOD, [*GOOD, batch(2, rows=1)], "the reference: 1, 2"),
+    ],
+    ids=["tail", "kinds", "reference", "tail of the reference"],
+)
+def test_unequal_batches_are_warned_of_once(probes, reference, shown):
+    both = ("all", "matched-spans")
+    with pytest.warns(UserWarning, match="number of sequences") as caught:
+        trace_gradients(Bigram(), probes, reference, reference_loss=both, progress=False)
+    assert len(caught) == 1
+    assert shown in str(caught[0].message)
+    assert "whole_batches=True" in str(caught[0].message)
+    assert caught[0].filename == __file__, "should point at the call"
+
+
+def test_equal_batches_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace_gradients(Bigram(), {"new": GOOD, "old": GOOD[:1]}, GOOD, progress=False)

@@ -123,12 +123,21 @@ def load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
 
 
 def _drop_loss_type_warning() -> None:
-    """Version 5 of transformers warns of every GPT-2 that its loss is the default one."""
+    """Some versions of transformers warn of every GPT-2 that its loss is the default one.
 
-    def keep(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("`loss_type=None`")
+    A logger's filter sees only what is logged under its own name; a handler's, what any module of
+    transformers logs.
+    """
+    from transformers.utils import logging as theirs
 
-    logging.getLogger("transformers.modeling_utils").addFilter(keep)
+    # Asking for the logger makes transformers' handler, if it is not there yet.
+    library = theirs.get_logger("transformers")
+    for place in (theirs.get_logger("transformers.modeling_utils"), *library.handlers):
+        place.addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return "`loss_type=None`" not in record.getMessage()
 
 
 def sequence_length(wanted: int | None, model: torch.nn.Module, flag: str) -> int:

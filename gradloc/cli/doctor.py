@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,11 @@ def _memory() -> str:
 
 
 def _devices(torch: Any) -> list[tuple[str, str]]:
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = (
-            "torch was built without CUDA" if built is None else f"torch (CUDA {built}) finds none"
-        )
-        return [("CUDA devices", f"none: {why}")]
+    with warnings.catch_warnings():
+        # torch warns of what `_why_no_device` says.
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            return [("CUDA devices", f"none: {_why_no_device(torch)}")]
     lines = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -122,6 +122,19 @@ def _devices(torch: Any) -> list[tuple[str, str]]:
             (f"cuda:{index}", f"{device.name}, {memory}, compute {device.major}.{device.minor}")
         )
     return lines
+
+
+def _why_no_device(torch: Any) -> str:
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    why = f"torch (CUDA {torch.version.cuda}) finds none"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        first = str(error).strip().splitlines()[:1]
+        why += f": {first[0] if first else type(error).__name__}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return why if visible is None else f"{why} (CUDA_VISIBLE_DEVICES={visible!r})"
 
 
 def _core() -> list[tuple[str, str]]:
@@ -134,11 +147,12 @@ def _core() -> list[tuple[str, str]]:
     openmp = "with OpenMP" if info.get("openmp") else "without OpenMP: one thread"
     available = ", ".join(info.get("simd_available") or ()) or "unknown"
     cuda = info.get("cuda_compiled")
-    compiled = f"compiled with CUDA {cuda}" if cuda else "not compiled in (no nvcc at build time)"
+    # Why it was left out, or what the runtime answered: only the core knows.
     status = info.get("cuda_status")
+    compiled = f"compiled with CUDA {cuda}" if cuda else "not compiled in"
     return [
         ("CPU backend", f"{info.get('simd', 'unknown')} (of {available}), {openmp}"),
         ("compiler", str(info.get("compiler", "unknown"))),
         ("CUDA backend", "no kernels in this version: plain torch does the work on a GPU"),
-        ("CUDA runtime", f"{compiled}; {status}" if status else compiled),
+        ("CUDA runtime", f"{compiled}: {status}" if status else compiled),
     ]

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gradloc.layers import LayerMap
     from gradloc.trace import trace_gradients
 
-    plot = None if arguments.no_plot else arguments.plot or arguments.output.with_suffix(".png")
+    plot = _plot_path(arguments)
     # What cannot be written or read should show before minutes of work.
     for path in (arguments.output, plot):
         if path is not None:
@@ -113,25 +113,59 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plot_path(arguments: argparse.Namespace) -> Path | None:
+    """Where the heatmap goes, if anywhere.
+
+    Raises:
+        ValueError: a suffix that matplotlib cannot write, the profile's own name, or --no-plot too.
+    """
+    if arguments.no_plot:
+        if arguments.plot is not None:
+            raise ValueError("--plot and --no-plot: drop one")
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    plot: Path = arguments.plot or arguments.output.with_suffix(".png")
+    known = FigureCanvasAgg.get_supported_filetypes()
+    # Without a suffix it is a PNG, as in `GradientProfile.plot`.
+    if (plot.suffix[1:].lower() or "png") not in known:
+        raise ValueError(f"--plot {plot}: choose a suffix of {', '.join(known)}")
+    if plot.resolve() == arguments.output.resolve():
+        raise ValueError(
+            f"--output {arguments.output}: the heatmap would have the same name: end the profile's "
+            "in .json, give --plot another, or use --no-plot"
+        )
+    return plot
+
+
 def tracing_batches(
     arguments: argparse.Namespace, probes: Any, model: Any, tokenizer: Any, batch_size: int
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Batches of the probes by kind, and of the reference text, of equally many sequences."""
-    from gradloc.probes import probe_batches
+    """Batches of the probes by kind, and of the reference text, of equally many sequences.
+
+    Says on stderr what was left out, or that batches are smaller than `batch_size`.
+    """
+    import sys
+
+    from gradloc.probes.encode import even_batches
     from gradloc.training.corpus import text_batches
 
     length = shared.sequence_length(arguments.max_length, model, "--max-length")
-    batches = {
-        kind: probe_batches(members, tokenizer, batch_size=batch_size, max_length=length)
-        for kind, members in probes.items()
-    }
-    reference = text_batches(
-        arguments.reference,
+    batches, reference, notes = even_batches(
+        probes,
+        lambda size: text_batches(
+            arguments.reference,
+            tokenizer,
+            block_size=length,
+            batch_size=size,
+            max_batches=arguments.reference_batches,
+            text_field=arguments.text_field,
+            documents=arguments.documents,
+        ),
         tokenizer,
-        block_size=length,
         batch_size=batch_size,
-        max_batches=arguments.reference_batches,
-        text_field=arguments.text_field,
-        documents=arguments.documents,
+        max_length=length,
     )
+    for note in notes:
+        print(f"tracing: {note}", file=sys.stderr)
     return batches, reference

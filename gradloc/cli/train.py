@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,21 @@ _EXAMPLE = """\
   gradloc train --model openai-community/gpt2 --corpus news-2024.jsonl --profile profile.json \\
       --policy freeze --output run --max-steps 1000
   gradloc train ... --output run --resume      (the same command, after an interruption)"""
+
+# Options (as attributes) that only tracing reads. --reference-loss also chooses what of a --profile
+# is used.
+_TRACING = (
+    *("probes", "dates", "max_probes", "max_length", "reference", "reference_batches"),
+    "trace_batch_size",
+)
+# Which policies read an option.
+_OWNERS = {
+    "threshold": ("freeze",),
+    "normaliser": ("scale",),
+    "random_layers": ("random",),
+    "retrace_every": ("freeze", "scale", "random"),
+    **dict.fromkeys(("kinds", "profile", *_TRACING, "reference_loss"), ("freeze", "scale")),
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -49,6 +65,7 @@ def add_parser(commands: Any) -> None:
     shared.add_positive(tracing, "--trace-batch-size", 8, "sequences a pass")
     shared.add_text_format(parser)
     _add_settings(parser.add_argument_group("training"))
+    parser.set_defaults(untouched={name: parser.get_default(name) for name in _OWNERS})
 
 
 def _add_choice(group: Any) -> None:
@@ -153,6 +170,12 @@ def run(arguments: argparse.Namespace) -> int:
     open_run_folder(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     plan = None if arguments.plan is None else LayerPlan.load(arguments.plan)
     profile = None if arguments.profile is None else GradientProfile.load(arguments.profile)
+    if profile is not None and profile.granularity == "patterns":
+        raise ValueError(
+            f"--profile {arguments.profile} was traced with patterns, which cannot be given here: "
+            "use gradloc.training.train.train from Python, with "
+            "layers=LayerMap.from_model(model, patterns=...)"
+        )
     granularity = arguments.granularity or (profile.granularity if profile else "submodule")
     probes = shared.read_all_probes(arguments)
     model, tokenizer = shared.load(arguments)
@@ -201,31 +224,39 @@ def read_policy(arguments: argparse.Namespace) -> Policy | None:
 
     name = arguments.policy
     if arguments.plan is not None:
-        given = [
-            flag
-            for flag, value in (
-                ("--policy", name),
-                ("--profile", arguments.profile),
-                ("--probes", arguments.probes),
-                ("--retrace-every", arguments.retrace_every),
-            )
-            if value
-        ]
-        if given:
-            raise ValueError(f"--plan says what trains, so {' and '.join(given)} cannot: drop one")
+        ignored = _given(arguments, _OWNERS)
+        if name or ignored:
+            flags = " and ".join(["--policy"] * bool(name) + ignored)
+            raise ValueError(f"--plan says what trains, so {flags} cannot: drop one")
         return None
-    if bool(arguments.probes) != bool(arguments.reference):
-        raise ValueError("tracing needs both --probes and --reference")
-    if arguments.profile and arguments.probes and arguments.retrace_every is None:
-        raise ValueError("--profile and --probes: give the profile, or the probes to trace one")
     if name is None:
-        if arguments.profile is None and not arguments.probes:
+        if arguments.profile is None and not arguments.probes and not arguments.reference:
             raise ValueError(
                 "nothing says which layers train: give --profile, or --probes and --reference, or "
                 "--plan, or --policy all"
             )
         name = "freeze"
-    _check_owner(arguments, name)
+    # An option that nothing reads would be a silent surprise.
+    for option in _OWNERS:
+        for flag in _given(arguments, [option]):
+            if name not in _OWNERS[option]:
+                owners = " or ".join(_OWNERS[option])
+                raise ValueError(f"{flag} is for --policy {owners}, not {name}")
+    if arguments.profile is not None and arguments.retrace_every is None:
+        if arguments.probes:
+            raise ValueError("--profile and --probes: give the profile, or the probes to trace one")
+        if ignored := _given(arguments, _TRACING):
+            raise ValueError(
+                f"{' and '.join(ignored)}: --profile is traced already, so nothing reads this: "
+                "leave it out"
+            )
+    if bool(arguments.probes) != bool(arguments.reference):
+        raise ValueError("tracing needs both --probes and --reference")
+    if arguments.profile and arguments.retrace_every and not arguments.probes:
+        raise ValueError(
+            "--retrace-every traces again during the run: give --probes and --reference beside "
+            "--profile, or leave --retrace-every out"
+        )
     policy: Policy
     if name == "all":
         policy = AllLayers()
@@ -244,20 +275,13 @@ def read_policy(arguments: argparse.Namespace) -> Policy | None:
     return policy if arguments.retrace_every is None else Retrace(policy, arguments.retrace_every)
 
 
-def _check_owner(arguments: argparse.Namespace, policy: str) -> None:
-    """An option that its policy does not read would be a silent surprise."""
-    owners = {
-        "threshold": ("freeze",),
-        "normaliser": ("scale",),
-        "random_layers": ("random",),
-        "kinds": ("freeze", "scale"),
-        "profile": ("freeze", "scale"),
-        "probes": ("freeze", "scale"),
-    }
-    for option, policies in owners.items():
-        if getattr(arguments, option) not in (None, []) and policy not in policies:
-            flag = "--" + option.replace("_", "-")
-            raise ValueError(f"{flag} is for --policy {' or '.join(policies)}, not {policy}")
+def _given(arguments: argparse.Namespace, options: Iterable[str]) -> list[str]:
+    """Flags of the options that are not at their defaults."""
+    return [
+        "--" + option.replace("_", "-")
+        for option in options
+        if getattr(arguments, option) != arguments.untouched[option]
+    ]
 
 
 def _tracing(

@@ -7,6 +7,7 @@ rest scored, so that no method chooses its layers by what it is judged on.
 from __future__ import annotations
 
 import copy
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from gradloc.evaluate import evaluate_probes, evaluate_text
 from gradloc.files import replacing_folder
 from gradloc.layers import LayerMap
 from gradloc.plan import LayerPlan
-from gradloc.probes import Probe, TemporalWorld, probe_batches
+from gradloc.probes import Probe, TemporalWorld
+from gradloc.probes.encode import even_batches
 from gradloc.profile import GradientProfile
 from gradloc.trace import trace_gradients
 from gradloc.training.config import TrainConfig
@@ -98,22 +100,24 @@ def trace_base(
     settings: DemoSettings,
     output: Path,
 ) -> GradientProfile:
-    """Trace the facts' kinds against ordinary text from before the date, by both references."""
-    probes = {
-        kind: probe_batches(
-            split_facts(world.probes()[kind])[0][: settings.max_probes],
+    """Trace the facts' kinds against ordinary text from before the date, by both references.
+
+    Says on stderr what fills no batch and is left out.
+    """
+    probes, reference, notes = even_batches(
+        {kind: split_facts(world.probes()[kind])[0][: settings.max_probes] for kind in KINDS},
+        lambda size: text_batches(
+            output / "world/reference.txt",
             tokenizer,
-            batch_size=settings.trace_batch_size,
-            max_length=settings.block_size,
-        )
-        for kind in KINDS
-    }
-    reference = text_batches(
-        output / "world/reference.txt",
+            block_size=settings.block_size,
+            batch_size=size,
+        ),
         tokenizer,
-        block_size=settings.block_size,
         batch_size=settings.trace_batch_size,
+        max_length=settings.block_size,
     )
+    for note in notes:
+        print(f"tracing: {note}", file=sys.stderr)
     return trace_gradients(
         model,
         probes,

@@ -4,8 +4,8 @@ Any callable with this signature is a policy; there is nothing to inherit from. 
 itself.
 
     def attention_only(profile, step=0):
-        return LayerPlan({name: float("attn" in name) for name in profile.names}, policy="attention
-        only")
+        scales = {name: float("attn" in name) for name in profile.names}
+        return LayerPlan(scales, policy="attention only")
 """
 
 from __future__ import annotations

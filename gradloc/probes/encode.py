@@ -6,7 +6,7 @@ that token is scored and -100 elsewhere; the model itself shifts them by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,6 +101,7 @@ def probe_batches(
     *,
     batch_size: int = 8,
     max_length: int = 512,
+    whole_batches: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """Encode probes and stack them, in their order, into batches.
 
@@ -109,6 +110,8 @@ def probe_batches(
         tokenizer: a fast tokenizer.
         batch_size: probes a batch; the last one may hold fewer.
         max_length: the most tokens a probe.
+        whole_batches: leave the last batch out if it holds fewer and is not the only one. For
+            tracing, where every batch counts the same and a small one has a larger gradient.
 
     Returns:
         Dicts of int64 tensors [batch, longest]: "input_ids" (padded on the right), "attention_mask"
@@ -125,10 +128,73 @@ def probe_batches(
     if pad_id is None:
         # The attention mask hides padding, so any valid token serves.
         pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    return [
+    batches = [
         _stack(encoded[start : start + batch_size], pad_id)
         for start in range(0, len(encoded), batch_size)
     ]
+    return _whole(batches) if whole_batches else batches
+
+
+def even_batches(
+    probes: Mapping[str, Sequence[Probe]],
+    read_reference: Callable[[int], list[dict[str, torch.Tensor]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> tuple[dict[str, list[dict[str, torch.Tensor]]], list[dict[str, torch.Tensor]], list[str]]:
+    """Make batches to trace with, all of equally many sequences: the probes' and the reference's.
+
+    A batch of fewer sequences has a larger gradient norm, so what does not fill a whole batch is
+    left out, and where a kind or the reference has less than one batch, all batches are made that
+    small.
+
+    Args:
+        probes: by kind.
+        read_reference: gives batches of a size; only its last may be smaller.
+        tokenizer: a fast tokenizer.
+        batch_size: the most sequences a batch.
+        max_length: the most tokens a probe.
+
+    Returns:
+        Batches by kind, those of the reference, and sentences for the user: whether batches are
+        smaller than `batch_size` and why, and how many sequences of what were left out.
+
+    Raises:
+        ValueError: what `probe_batches` raises.
+    """
+    counts = {f"the {kind!r} probes": len(members) for kind, members in probes.items()}
+    fewest = min((count for count in counts.values() if count), default=batch_size)
+    size = min(batch_size, fewest)
+    reference = read_reference(size)
+    if len(reference) == 1:
+        size = min(size, len(reference[0]["labels"]))
+    batches = {
+        kind: probe_batches(
+            members, tokenizer, batch_size=size, max_length=max_length, whole_batches=True
+        )
+        for kind, members in probes.items()
+    }
+    counts["the reference"] = sum(len(batch["labels"]) for batch in reference)
+    notes = []
+    if size < batch_size:
+        scarce = next(what for what, count in counts.items() if count == size)
+        notes.append(
+            f"sequences a batch: {size} and not {batch_size}, as there are no more in {scarce}"
+        )
+    notes += [
+        f"left out {count % size} of the {count} sequences of {what}: they fill no batch of {size}"
+        for what, count in counts.items()
+        if count % size
+    ]
+    return batches, _whole(reference), notes
+
+
+def _whole(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Leave out a last batch of fewer sequences than the first."""
+    if len(batches) > 1 and len(batches[-1]["labels"]) < len(batches[0]["labels"]):
+        return batches[:-1]
+    return batches
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

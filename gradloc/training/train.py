@@ -6,9 +6,11 @@ starts the Trainer and saves what came out. Reading corpora is in `gradloc.train
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -316,8 +318,25 @@ def _save_choice(output: Path, localization: LocalizationCallback) -> None:
 
 
 def _name(policy: Any) -> str:
-    """Dataclass policies say their settings; a function is known by its name."""
-    return str(getattr(policy, "__qualname__", None) or repr(policy))
+    """What a policy is, in words that are the same in the process that resumes its run.
+
+    Dataclasses say their settings, functions and types their module and name; an address never
+    appears. Also names the settings inside.
+    """
+    if isinstance(policy, partial):
+        words = [_name(part) for part in (policy.func, *policy.args)]
+        words += [f"{key}={_name(value)}" for key, value in sorted(policy.keywords.items())]
+        return f"partial({', '.join(words)})"
+    if is_dataclass(policy) and not isinstance(policy, type):
+        words = [f"{field.name}={_name(getattr(policy, field.name))}" for field in fields(policy)]
+        return f"{type(policy).__qualname__}({', '.join(words)})"
+    shown = repr(policy)
+    if not hasattr(policy, "__qualname__") and not re.search(r"\bat 0x[0-9a-fA-F]+", shown):
+        return shown
+    if isinstance(policy, (tuple, list)):
+        return f"[{', '.join(_name(part) for part in policy)}]"
+    named = policy if hasattr(policy, "__qualname__") else type(policy)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _digest(content: bytes) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -202,14 +203,144 @@ CONTRADICTIONS = {
     "quantile": (["--profile", "p", "--threshold", "quantile:2"], "quantile"),
     "steps": (["--policy", "all", "--max-steps", "0"], "max_steps=0: at least 1"),
     "retrace": (["--policy", "random", "--retrace-every", "0"], "every=0"),
+    "retrace all": (
+        ["--policy", "all", "--retrace-every", "5"],
+        "--retrace-every is for --policy freeze or scale or random, not all",
+    ),
+    "retrace without probes": (
+        ["--profile", "p", "--retrace-every", "5"],
+        "give --probes and --reference beside --profile, or leave --retrace-every out",
+    ),
+    "retrace with half": (
+        ["--profile", "p", "--retrace-every", "5", "--reference", "r"],
+        "needs both --probes and --reference",
+    ),
+    "plan and two more": (
+        ["--plan", "p", "--retrace-every", "0", "--threshold", "0"],
+        "so --threshold and --retrace-every cannot",
+    ),
+    "loss of all": (
+        ["--policy", "all", "--reference-loss", "matched-spans"],
+        "--reference-loss is for --policy freeze or scale, not all",
+    ),
 }
+IGNORED = {
+    "--dates": "2019:2020",
+    "--max-probes": "3",
+    "--max-length": "32",
+    "--reference": "r.txt",
+    "--reference-batches": "3",
+    "--trace-batch-size": "3",
+}
+for _flag, _value in IGNORED.items():
+    CONTRADICTIONS[f"plan {_flag}"] = (["--plan", "p", _flag, _value], f"so {_flag} cannot")
+    for _policy in ("all", "random"):
+        CONTRADICTIONS[f"{_policy} {_flag}"] = (
+            ["--policy", _policy, _flag, _value],
+            f"{_flag} is for --policy freeze or scale, not {_policy}",
+        )
+    CONTRADICTIONS[f"profile {_flag}"] = (
+        ["--profile", "p", _flag, _value],
+        f"{_flag}: --profile is traced already",
+    )
+for _flag, _value in {
+    "--threshold": "0",
+    "--kinds": "new",
+    "--random-layers": "2",
+    "--normaliser": "max",
+    "--reference-loss": "matched-spans",
+    "--probes": "p.jsonl",
+    "--profile": "p.json",
+}.items():
+    CONTRADICTIONS[f"plan {_flag}"] = (["--plan", "p", _flag, _value], f"so {_flag} cannot")
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_what_cannot_go_together(train_arguments, tmp_path, capsys, name):
+def test_what_cannot_go_together(train_arguments, tmp_path, capsys, monkeypatch, name):
+    def load(arguments):
+        raise AssertionError("the model must not be loaded")
+
+    monkeypatch.setattr("gradloc.cli.arguments.load", load)
     extra, message = CONTRADICTIONS[name]
     assert message in error_of(capsys, [*train_arguments, *extra])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_serves_with_another_reference_loss(trace_arguments, train_arguments, tmp_path):
+    assert main(trace_arguments) == 0
+    choice = ["--profile", str(tmp_path / "profile.json"), "--reference-loss", "matched-spans"]
+    assert main([*train_arguments, *choice]) == 0
+    profile = GradientProfile.load(tmp_path / "profile.json").with_reference("matched-spans")
+    mean = sum(profile.relative.values()) / len(profile.relative)
+    above = [name for name, ratio in profile.relative.items() if ratio > mean]
+    assert LayerPlan.load(tmp_path / "run/plan.json").active == tuple(above)
+
+
+def test_a_profile_of_patterns(trace_arguments, train_arguments, tmp_path, capsys):
+    assert main(trace_arguments) == 0
+    profile = GradientProfile.load(tmp_path / "profile.json")
+    dataclasses.replace(profile, granularity="patterns").save(tmp_path / "patterns.json")
+    choice = ["--profile", str(tmp_path / "patterns.json")]
+    message = error_of(capsys, [*train_arguments, *choice])
+    assert "patterns.json was traced with patterns" in message
+    assert "gradloc.training.train.train" in message
+    assert not (tmp_path / "run/training.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--plot", "{}/heat.docx"], "heat.docx: choose a suffix of"),
+        (["--output", "{}/x.png"], "x.png: the heatmap would have the same name"),
+        (["--output", "{}/x.svg", "--plot", "{}/../{name}/x.svg"], "would have the same name"),
+        (["--plot", "{}"], "is a folder: add a file name"),
+        (["--output", "{}/taken.json", "--no-plot"], "taken.json' is a folder: add a file name"),
+        (["--plot", "{}/x.png", "--no-plot"], "--plot and --no-plot: drop one"),
+    ],
+)
+def test_files_of_a_trace(trace_arguments, tmp_path, capsys, monkeypatch, extra, message):
+    def read(arguments):
+        raise AssertionError("no work before the check")
+
+    monkeypatch.setattr("gradloc.cli.arguments.read_all_probes", read)
+    (tmp_path / "taken.json").mkdir()
+    filled = [text.format(tmp_path, name=tmp_path.name) for text in extra]
+    assert message in error_of(capsys, [*trace_arguments, *filled])
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.json"]
+
+
+def test_other_formats_of_the_heatmap(trace_arguments, tmp_path):
+    assert main([*trace_arguments, "--plot", str(tmp_path / "heat.SVG")]) == 0
+    assert "<svg" in (tmp_path / "heat.SVG").read_text()
+    assert len(GradientProfile.load(tmp_path / "profile.json").names) == 7
+
+
+def test_nothing_about_the_loss_type(
+    trace_arguments, train_arguments, model_folder, text_file, probe_file
+):
+    """In a process of its own, as pytest takes the logs; the cache says it once a process."""
+    evaluate = ["evaluate", "--model", str(model_folder), "--probes", str(probe_file)]
+    evaluate += ["--text", str(text_file), "--max-length", "32", "--device", "cpu"]
+    commands = [trace_arguments, [*train_arguments, "--policy", "all"], evaluate]
+    # Then under other names, as other versions of transformers may log it.
+    code = (
+        "import json, sys; from gradloc.cli import main; from transformers.utils import logging\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    logging.warning_once.cache_clear()\n"
+        "    assert main(command) == 0\n"
+        "for name in ('transformers.modeling_utils', 'transformers.models.gpt2', 'transformers'):\n"
+        "    logging.get_logger(name).warning('In here `loss_type=None` was set')\n"
+        "    logging.get_logger(name).warning(f'another of {name}')\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "loss_type" not in process.stderr + process.stdout
+    assert process.stderr.count("another of transformers") == 3, process.stderr
 
 
 @pytest.mark.parametrize(

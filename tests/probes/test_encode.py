@@ -329,3 +329,30 @@ def test_batches_are_padded_on_the_right() -> None:
     without_pad = wrap(tokenizer.backend_tokenizer, eos_token="<eos>")
     padded = probe_batches(probes, without_pad, batch_size=3)[0]["input_ids"]
     assert padded[1].tolist() == [*short["input_ids"], 1, 1]
+
+
+def sizes(batches: list[dict[str, torch.Tensor]]) -> list[int]:
+    return [len(batch["labels"]) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("count", "whole", "expected"),
+    [
+        (41, True, [8] * 5),
+        (41, False, [8] * 5 + [1]),
+        (40, True, [8] * 5),
+        (9, True, [8]),
+        (3, True, [3]),
+        (0, True, []),
+    ],
+)
+def test_an_incomplete_last_batch_can_be_left_out(
+    count: int, whole: bool, expected: list[int]
+) -> None:
+    tokenizer = TOKENIZERS["word-level"]
+    probes = [made("the cat", "cat")] * (count - 1) + [made("the house", "house")] * (count > 0)
+    batches = probe_batches(probes, tokenizer, batch_size=8, whole_batches=whole)
+    assert sizes(batches) == expected
+    every = probe_batches(probes, tokenizer, batch_size=8)
+    for left, right in zip(batches, every, strict=False):
+        assert torch.equal(left["input_ids"], right["input_ids"])

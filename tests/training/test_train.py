@@ -40,8 +40,8 @@ def dataset(tokenizer, text_file):
 def tracing(tokenizer, text_file, probe_file):
     probes = by_kind(read_probes(probe_file))
     return Tracing(
-        probes={kind: probe_batches(ps, tokenizer, batch_size=4) for kind, ps in probes.items()},
-        reference=text_batches(text_file, tokenizer, block_size=16, batch_size=4, max_batches=2),
+        probes={kind: probe_batches(ps, tokenizer, batch_size=2) for kind, ps in probes.items()},
+        reference=text_batches(text_file, tokenizer, block_size=16, batch_size=2, max_batches=4),
     )
 
 
