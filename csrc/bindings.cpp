@@ -135,7 +135,7 @@ py::dict build_info() {
 #else
   info["cuda_compiled"] = py::none();
   info["cuda_devices"] = 0;
-  info["cuda_status"] = "built without a CUDA compiler";
+  info["cuda_status"] = GRADLOC_WHY_NO_CUDA;
 #endif
   return info;
 }

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gradloc import backends, ops
+from gradloc import backends
 from gradloc.layers import LayerMap
 from gradloc.optim_checks import (
     check_grad,
@@ -27,17 +27,16 @@ from gradloc.optim_checks import (
 from gradloc.optim_state import (
     check_saved,
     ensure_state,
-    laid_out,
     mend_step,
     restore_moments,
     state_bytes,
 )
+from gradloc.optim_work import Active, prepare_works, state_key
 from gradloc.plan import LayerPlan
 from gradloc.reference import AdamWGroup, clip_coefficient
 
 # What says how the update is computed, not what it is.
 _OWN_KEYS = ("foreach", "capturable", "differentiable", "fused")
-_Active = tuple[Tensor, int, int, int]  # parameter, layer, param group, position in the group
 
 
 class LocalizedAdamW(torch.optim.Optimizer):
@@ -289,7 +288,7 @@ class LocalizedAdamW(torch.optim.Optimizer):
 
     def _forget_work(self) -> None:
         self._fresh: list[Tensor] = []  # parameters whose state was made in this step
-        self._active: list[_Active] | None = None
+        self._active: list[Active] | None = None
         self._key: list[Any] | None = None
         self._works: list[tuple[backends.AdamWWork, list[int]]] = []
 
@@ -304,7 +303,7 @@ class LocalizedAdamW(torch.optim.Optimizer):
             return [1.0] * len(self._layers)
         return [self._plan.scales[name] for name in self._layers.names]
 
-    def _find_active(self) -> list[_Active]:
+    def _find_active(self) -> list[Active]:
         scales = self._scales()
         return [
             (param, layer, g, i)
@@ -350,42 +349,13 @@ class LocalizedAdamW(torch.optim.Optimizer):
             del self.state[param]
         self._fresh = []
 
-    def _refresh_works(self, active: list[_Active]) -> None:
+    def _refresh_works(self, active: list[Active]) -> None:
         """Prepare the work anew when a parameter or its state is no longer the tensor it was."""
-        if self._key is not None and self._state_key(active) == self._key:
+        if self._key is not None and state_key(active, self.param_groups, self.state) == self._key:
             return
-        found: dict[type[Any], tuple[list[ops.AdamWSlot], list[int]]] = {}
-        for position, (param, layer, g, i) in enumerate(active):
-            state = self.state.get(param)
-            if not state:
-                continue
-            group = self.param_groups[g]
-            slot = ops.AdamWSlot(
-                param.detach(),
-                laid_out(state, "exp_avg", param),
-                laid_out(state, "exp_avg_sq", param),
-                laid_out(state, "max_exp_avg_sq", param) if group["amsgrad"] else None,
-                mend_step(state),
-                layer,
-                g,
-            )
-            backend = backends.choose(param, group["fused"], parameter_name(group, g, i))
-            slots, positions = found.setdefault(backend, ([], []))
-            slots.append(slot)
-            positions.append(position)
         num_layers = 1 if self._layers is None else len(self._layers)
-        self._works = [(backend(slots, num_layers), at) for backend, (slots, at) in found.items()]
-        self._key = self._state_key(active)
-
-    def _state_key(self, active: list[_Active]) -> list[Any]:
-        # Addresses and not objects: a tensor may get other memory in place (share_memory_, .data).
-        key: list[Any] = [(group["amsgrad"], group["fused"]) for group in self.param_groups]
-        for param, _, _, _ in active:
-            state = self.state.get(param, {})
-            key.append(
-                (param.shape, param.stride(), param.data_ptr(), *map(_address, state.values()))
-            )
-        return key
+        self._works = prepare_works(active, self.param_groups, self.state, num_layers)
+        self._key = state_key(active, self.param_groups, self.state)
 
     def _record_norms(self, norm_sqs: list[Tensor]) -> None:
         if norm_sqs:
@@ -407,10 +377,6 @@ class LocalizedAdamW(torch.optim.Optimizer):
                 "changed. Lower the learning rate or look at the batch, or use on_nonfinite='skip'"
             )
         return loss
-
-
-def _address(value: Any) -> int | None:
-    return value.data_ptr() if isinstance(value, Tensor) else None
 
 
 def _hyperparameters(group: dict[str, Any]) -> AdamWGroup:
