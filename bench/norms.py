@@ -55,12 +55,10 @@ def run(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
             versions[f"{name} @ {share:.0%}"] = version
             num_bytes[f"{name} @ {share:.0%}"] = size * (2 if name.startswith("copy") else 1)
     times = interleave(versions, seconds=seconds)
-    speed = {name: num_bytes[name] / t.median for name, t in times.items()}
-    read = speed["read: torch.sum of one buffer @ 100%"]
+    read = "read: torch.sum of one buffer @ 100%"
     rows = []
     for name, t in times.items():
         version, share = name.rsplit(" @ ", 1)
-        ours_here = times[f"gradloc, each layer @ {share}"].median
         rows.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -68,9 +66,9 @@ def run(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
                 "layers' bytes": share,
                 "ms": t.median * 1e3,
                 "quartiles": f"{t.quartiles[0] * 1e3:.2f}-{t.quartiles[1] * 1e3:.2f}",
-                "GB/s": speed[name] / 1e9,
-                "of read bandwidth": speed[name] / read,
-                "gradloc is x as fast": t.median / ours_here,
+                "GB/s": num_bytes[name] / t.median / 1e9,
+                "of read bandwidth": num_bytes[name] / num_bytes[read] / t.over(times[read]),
+                "gradloc is x as fast": t.over(times[f"gradloc, each layer @ {share}"]),
                 "rounds": t.num_rounds,
             }
         )

@@ -33,7 +33,20 @@ class Timing:
     name: str
     median: float
     quartiles: tuple[float, float]
-    num_rounds: int
+    samples: tuple[float, ...]  # by round
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.samples)
+
+    def over(self, other: Timing) -> float:
+        """How many times as long as `other`: the median of the ratios within each round.
+
+        A shared machine changes speed for seconds at a time, for all versions of a round alike;
+        the ratio of two medians would mix the speeds.
+        """
+        pairs = zip(self.samples, other.samples, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def interleave(
@@ -60,7 +73,7 @@ def interleave(
     out = {}
     for name, values in samples.items():
         low, _, high = statistics.quantiles(values, n=4)
-        out[name] = Timing(name, statistics.median(values), (low, high), len(values))
+        out[name] = Timing(name, statistics.median(values), (low, high), tuple(values))
     return out
 
 

@@ -51,13 +51,13 @@ def main() -> None:
     times = interleave(
         {"forward and backward alone": passes, "trace_gradients": trace}, seconds=options.seconds
     )
-    bare = times["forward and backward alone"].median
+    bare = times["forward and backward alone"]
     rows = [
         {
             "version": name,
             "ms a batch": t.median * 1e3 / len(batches),
             "quartiles": f"{t.quartiles[0] * 1e3 / 6:.1f}-{t.quartiles[1] * 1e3 / 6:.1f}",
-            "of the bare passes": t.median / bare,
+            "of the bare passes": t.over(bare),
             "rounds": t.num_rounds,
         }
         for name, t in times.items()
