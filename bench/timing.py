@@ -37,6 +37,7 @@ class Timing:
 
     @property
     def num_rounds(self) -> int:
+        """How often it ran."""
         return len(self.samples)
 
     def over(self, other: Timing) -> float:
