@@ -5,7 +5,12 @@ first used, so that `gradloc doctor` can speak where the compiled module cannot 
 """
 
 from importlib import import_module
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# `python` started in a clone finds this folder before the installed package, and only the installed
+# one has the compiled module: look for submodules there too.
+__path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 

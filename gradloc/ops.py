@@ -16,8 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradloc import _C
 from gradloc.reference import AdamWGroup
+
+try:
+    from gradloc import _C
+except ImportError as error:
+    raise ImportError(
+        f"gradloc's compiled core cannot be imported ({error}): install gradloc with pip "
+        "(pip install . in a clone), for the Python that runs now"
+    ) from error
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -142,7 +142,7 @@ def _core() -> list[tuple[str, str]]:
     try:
         from gradloc import ops
     except ImportError as error:
-        return [("compiled core", f"not usable ({error}): install gradloc again with pip")]
+        return [("compiled core", f"not usable: {error}")]
     info = ops.build_info()
     openmp = "with OpenMP" if info.get("openmp") else "without OpenMP: one thread"
     available = ", ".join(info.get("simd_available") or ()) or "unknown"
