@@ -11,13 +11,12 @@ precision. torch at a share gets only the active parameters.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from typing import Any
 
 import torch
 from gpt2_shapes import SHARES, Shapes, plan_of_share
-from timing import interleave, report
+from timing import command_line, interleave, report
 
 from gradloc import LayerMap, LocalizedAdamW
 
@@ -126,23 +125,9 @@ def bounds(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--seconds", type=float, default=25.0, help="time for each dtype")
-    options = parser.parse_args()
+    options = command_line(__doc__, seconds=25.0)
     rows = [row for dtype in (torch.float32, torch.bfloat16) for row in run(dtype, options.seconds)]
-    columns = [
-        "dtype",
-        "version",
-        "active",
-        "ms",
-        "quartiles",
-        "MB that must move",
-        "of copy bandwidth",
-        "of gradloc's full time",
-        "gradloc is x as fast",
-    ]
-    report(rows, columns, options.json, "AdamW, GPT-2 small", bounds(rows))
+    report(rows, options.json, "AdamW, GPT-2 small", bounds(rows))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ measured in the same run over one buffer of the same bytes: a read (`torch.sum`)
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from gpt2_shapes import SHARES, Shapes, plan_of_share
-from timing import interleave, report
+from timing import command_line, interleave, report
 
 from gradloc import LayerMap, layer_grad_norms, ops
 
@@ -95,22 +94,9 @@ def bounds(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--seconds", type=float, default=12.0, help="time for each dtype")
-    options = parser.parse_args()
+    options = command_line(__doc__, seconds=12.0)
     rows = [row for dtype in (torch.float32, torch.bfloat16) for row in run(dtype, options.seconds)]
-    columns = [
-        "dtype",
-        "version",
-        "layers' bytes",
-        "ms",
-        "quartiles",
-        "GB/s",
-        "of read bandwidth",
-        "gradloc is x as fast",
-    ]
-    report(rows, columns, options.json, "layer norms, GPT-2 small", bounds(rows))
+    report(rows, options.json, "layer norms, GPT-2 small", bounds(rows))
 
 
 if __name__ == "__main__":

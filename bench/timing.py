@@ -6,6 +6,7 @@ reported is each version's median with its quartiles. Nothing here knows what is
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -108,9 +109,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command_line(about: str | None, *, seconds: float) -> argparse.Namespace:
+    """What every benchmark takes: where its JSON goes, and for how long each dtype is timed."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--seconds", type=float, default=seconds, help="time for each dtype")
+    return parser.parse_args()
+
+
 def report(
     rows: list[dict[str, Any]],
-    columns: list[str],
     path: str | None,
     name: str,
     bounds: list[str] | None = None,
@@ -119,6 +127,7 @@ def report(
     about = machine()
     parts = (about["processor"], f"{about['threads']} threads", about["simd"])
     print(f"{name}: {', '.join(parts)}, torch {about['torch']}")
+    columns = list(rows[0])
     widths = [max(len(c), *(len(_cell(row.get(c))) for row in rows)) for c in columns]
     print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)))
     for row in rows:

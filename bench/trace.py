@@ -5,21 +5,17 @@ python bench/trace.py --json bench/results/trace-cpu.json
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
-from timing import interleave, report
+from timing import command_line, interleave, report
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradloc import LayerMap, trace_gradients
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    options = parser.parse_args()
+    options = command_line(__doc__, seconds=60.0)
     torch.manual_seed(0)
     # 12 blocks, so as many tensors as GPT-2 small, and narrow enough to repeat often.
     config = GPT2Config(
@@ -62,9 +58,8 @@ def main() -> None:
         }
         for name, t in times.items()
     ]
-    columns = ["version", "ms a batch", "quartiles", "of the bare passes", "rounds"]
     size = sum(layer.num_elements for layer in layers)
-    report(rows, columns, options.json, f"tracing {len(layers)} layers, {size:,} parameters")
+    report(rows, options.json, f"tracing {len(layers)} layers, {size:,} parameters")
 
 
 if __name__ == "__main__":

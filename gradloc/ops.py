@@ -129,13 +129,12 @@ class NativeAdamW:
             assert slot.step.dtype == torch.float32
             assert slot.step.numel() == 1
         self._strides = [slot.param.stride() for slot in slots]
-        self.addresses = [slot.param.data_ptr() for slot in slots]
         self._num_layers = num_layers
         self._work = _C.AdamWWork(
             sizes=[slot.param.numel() for slot in slots],
             layers=[slot.layer for slot in slots],
             num_layers=num_layers,
-            params=self.addresses,
+            params=[slot.param.data_ptr() for slot in slots],
             param_dtypes=[DTYPE_CODES[slot.param.dtype] for slot in slots],
             exp_avgs=[slot.exp_avg.data_ptr() for slot in slots],
             exp_avg_sqs=[slot.exp_avg_sq.data_ptr() for slot in slots],

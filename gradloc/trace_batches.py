@@ -116,7 +116,7 @@ def warn_of_sizes(sets: Sequence[BatchSet]) -> None:
     warnings.warn(
         f"batches differ in their number of sequences ({shown}), so their gradient norms differ "
         "for that reason alone: give every batch, of every kind and of the reference, equally many "
-        "sequences (gradloc.probes.encode.even_batches does, probe_batches with whole_batches=True "
+        "sequences (gradloc.probes.even_batches does, probe_batches with whole_batches=True "
         "leaves out a smaller last one)",
         UserWarning,
         stacklevel=3,  # the caller of trace_gradients

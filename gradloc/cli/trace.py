@@ -147,7 +147,7 @@ def tracing_batches(
     """
     import sys
 
-    from gradloc.probes.encode import even_batches
+    from gradloc.probes import even_batches
     from gradloc.training.corpus import text_batches
 
     length = shared.sequence_length(arguments.max_length, model, "--max-length")

@@ -25,8 +25,7 @@ from gradloc.evaluate import evaluate_probes, evaluate_text
 from gradloc.files import replacing_folder
 from gradloc.layers import LayerMap
 from gradloc.plan import LayerPlan
-from gradloc.probes import Probe, TemporalWorld
-from gradloc.probes.encode import even_batches
+from gradloc.probes import Probe, TemporalWorld, even_batches
 from gradloc.profile import GradientProfile
 from gradloc.trace import trace_gradients
 from gradloc.training.config import TrainConfig

@@ -4,7 +4,7 @@ Readers, tokenisation and the synthetic world; no models.
 """
 
 from gradloc.probes.ecbd import definitions, read_ecbd
-from gradloc.probes.encode import encode_probe, probe_batches
+from gradloc.probes.encode import encode_probe, even_batches, probe_batches
 from gradloc.probes.probe import Probe, ProbeFormatError, by_kind, probe_texts
 from gradloc.probes.read import read_probes
 from gradloc.probes.spans import read_spans, write_spans
@@ -20,6 +20,7 @@ __all__ = [
     "by_kind",
     "definitions",
     "encode_probe",
+    "even_batches",
     "probe_batches",
     "probe_texts",
     "read_ecbd",
