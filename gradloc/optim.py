@@ -1,51 +1,46 @@
 """LocalizedAdamW: AdamW that updates the layers of a plan and leaves the others as they are.
 
-The arithmetic is the backends'; here are param groups, state, the plan, clipping and what happens
-to non-finite gradients. Without a plan it is `torch.optim.AdamW`.
+Here are options, param groups, plans and what is saved; a step is in `optim_step.py`, the
+arithmetic in the backends. Without a plan it is `torch.optim.AdamW`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradloc import backends
+from gradloc import backends, optim_report, sharding
 from gradloc.layers import LayerMap
 from gradloc.optim_checks import (
-    check_grad,
     check_group,
-    check_lr,
+    check_loadable,
     check_options,
     check_parameters,
-    check_plan,
     parameter_name,
 )
-from gradloc.optim_state import (
-    check_saved,
-    ensure_state,
-    mend_step,
-    restore_moments,
-    state_bytes,
-)
-from gradloc.optim_work import Active, prepare_works, state_key
+from gradloc.optim_freeze import check_offload
+from gradloc.optim_record import KEY, Record, take_record
+from gradloc.optim_release import check_release
+from gradloc.optim_selection import Selection
+from gradloc.optim_state import mend_step, moment_dtype, restore_moments, state_bytes
+from gradloc.optim_step import PlannedSteps
 from gradloc.plan import LayerPlan
-from gradloc.reference import AdamWGroup, clip_coefficient
 
 # What says how the update is computed, not what it is.
 _OWN_KEYS = ("foreach", "capturable", "differentiable", "fused")
 
 
-class LocalizedAdamW(torch.optim.Optimizer):
+class LocalizedAdamW(PlannedSteps):
     """AdamW (Loshchilov & Hutter, 2019) over the layers that a plan names.
 
     A layer with scale s trains exactly as `torch.optim.AdamW` with learning rate lr·s; with s = 0
     neither its parameters nor its moments nor its step count change, gradients or not. Steps are
     counted for each tensor, so a layer that returns continues with the right bias correction.
-    Moments are float32 for float32, bfloat16 and float16 parameters.
+    DTensor parameters (FSDP2) are updated shard by shard; their layers' norms are those over all
+    ranks, added in every step.
 
     Args:
         params: parameters, named parameters, or param groups, as for `torch.optim.AdamW`.
@@ -66,15 +61,30 @@ class LocalizedAdamW(torch.optim.Optimizer):
         plan: learning-rate scales by layer; needs `layers`. None trains everything at scale 1.
         max_grad_norm: clip the gradients of the active layers to this total 2-norm (as
             `torch.nn.utils.clip_grad_norm_`, but without a pass that rewrites them; `p.grad` is
-            left as it is).
+            left as it is). Turn other clipping off, such as the Trainer's: it would come on top.
         on_nonfinite: what a step does when an active gradient has an infinity or NaN: "ignore" (as
             torch does), "skip" (everything stays as it was; counted in `num_skipped_steps`),
             "raise" (FloatingPointError, everything stays as it was). Default: "skip" with
             `max_grad_norm`, which computes the norms anyway, else "ignore".
+        on_freeze: what happens to the moments of a layer that a plan freezes: "keep", "offload"
+            (to host memory from an accelerator, to a temporary file from host memory; they come
+            back bit for bit) or "drop" (with the step count: a layer that returns starts afresh).
+        state_dtype: dtype of the moments. None: float32 for float32, bfloat16 and float16
+            parameters, float64 for float64. torch.bfloat16 halves them; use it with
+            `stochastic_rounding`, as rounded to nearest a second moment with beta2 = 0.999 can
+            grow but hardly decay.
+        stochastic_rounding: round what is stored in bfloat16, parameters and moments, up or down
+            at random with the nearer value likelier, so that small updates are right on average
+            instead of lost. The same on every backend, sharding and number of threads.
+        seed: of the rounding; a bit depends on seed, step, tensor and element alone.
+        release_gradients: update each parameter as backward produces its gradient, and free that.
+            `step()` then only ends the step. Excludes clipping, `on_nonfinite`, accumulation,
+            GradScaler and DDP.
 
     Raises:
-        ValueError: a bad option, no parameters, overlapping parameters, parameters on several
-            devices, a plan that does not fit, a parameter in no layer; nothing has been changed
+        ValueError: a bad option or one that excludes another, no parameters, overlapping
+            parameters, parameters of FSDP1 or ZeRO-3, a plan that does not fit or that trains
+            what is not among the parameters, a parameter in no layer; nothing has been changed
             then.
     """
 
@@ -96,16 +106,33 @@ class LocalizedAdamW(torch.optim.Optimizer):
         plan: LayerPlan | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str | None = None,
+        on_freeze: str = "keep",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        release_gradients: bool = False,
     ) -> None:
-        check_options(layers, plan, max_grad_norm, on_nonfinite)
-        self._layers = layers
+        check_options(
+            layers,
+            plan,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            on_freeze=on_freeze,
+            state_dtype=state_dtype,
+            seed=seed,
+        )
+        self._selection = Selection(layers)
         self._max_grad_norm = max_grad_norm
         self._on_nonfinite = on_nonfinite or ("ignore" if max_grad_norm is None else "skip")
-        self._plan: LayerPlan | None = None
-        self._layer_ids: list[list[int]] = []  # by param group, then by parameter
+        self._on_freeze = on_freeze
+        self._state_dtype = state_dtype
+        self._stochastic_rounding = bool(stochastic_rounding)
+        self._seed = seed
+        self._release_gradients = bool(release_gradients)
+        if release_gradients:
+            check_release(self._max_grad_norm, self._on_nonfinite)
         self.num_skipped_steps = 0
-        self._forget_norms()
-        self._forget_work()
+        self._start_afresh()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -120,8 +147,8 @@ class LocalizedAdamW(torch.optim.Optimizer):
             "decoupled_weight_decay": True,  # a key of AdamW's state dict since torch 2.7
         }
         check_group(defaults)
-        params = list(params) if not isinstance(params, Tensor) else [params]
-        if not params:
+        params = params if isinstance(params, Tensor) else list(params)
+        if not isinstance(params, Tensor) and not params:
             raise ValueError(
                 "optimizer got an empty parameter list: pass model.named_parameters(), and make "
                 "sure that a generator was not used up before"
@@ -139,14 +166,13 @@ class LocalizedAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group)
-            check_parameters(self.param_groups)
+            check_parameters(self.param_groups, stochastic_rounding=self._stochastic_rounding)
             for i, param in enumerate(group["params"]):
                 name = parameter_name(group, len(self.param_groups) - 1, i)
-                backends.choose(param, group["fused"], name)
-            names = group.get("param_names", group["params"])
-            self._layer_ids.append(
-                [0 if self._layers is None else self._layers.index(name) for name in names]
-            )
+                if self._on_freeze == "offload":
+                    check_offload(param, name)
+                backends.choose(sharding.local(param), group["fused"], name)
+            self._selection.add_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -155,63 +181,32 @@ class LocalizedAdamW(torch.optim.Optimizer):
     @property
     def plan(self) -> LayerPlan | None:
         """The plan in force; None when everything trains at scale 1."""
-        return self._plan
+        return self._selection.plan
 
     @property
     def layers(self) -> LayerMap | None:
         """The layers that plans and norms refer to."""
-        return self._layers
+        return self._selection.layers
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which the gradients of the active layers are clipped; None: not clipped."""
+        return self._max_grad_norm
 
     def set_plan(self, plan: LayerPlan | None) -> None:
         """Put another plan in force from the next step on; None trains everything at scale 1.
 
-        State of layers that freeze is kept as it is and used again when they return.
+        State of layers that freeze is treated as `on_freeze` says. The first step checks that what
+        the plan trains has gradients.
 
         Raises:
-            ValueError: the plan names unknown layers, leaves layers out, trains nothing, or the
-                optimizer was made without `layers`. The old plan stays in force then.
+            ValueError: the plan names unknown layers, leaves layers out, trains nothing, trains
+                layers without a parameter in this optimizer, or the optimizer was made without
+                `layers`. The old plan stays in force then.
         """
-        if plan is not None:
-            check_plan(plan, self._layers, self._layer_ids)
-        self._plan = plan
-        self._forget_work()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one optimization step over the active layers.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, as for every torch optimizer.
-
-        Raises:
-            ValueError: a sparse gradient, or one of another shape or device; nothing has been
-                changed then.
-            FloatingPointError: a non-finite gradient with on_nonfinite="raise"; nothing has been
-                changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = [_hyperparameters(group) for group in self.param_groups]
-        work_grads = self._gather()
-        clip_coef = 1.0
-        norms_first = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
-        if norms_first:
-            self._record_norms([work.norm_sq(grads) for work, grads in work_grads])
-            total = math.sqrt(float(cast(Tensor, self._norm_sq).sum()))
-            if not math.isfinite(total) and self._on_nonfinite != "ignore":
-                return self._nonfinite(loss)
-            if self._max_grad_norm is not None:
-                clip_coef = float(clip_coefficient(total, self._max_grad_norm))
-        scales = self._scales()
-        norms = [
-            work.step(grads, groups, scales, clip_coef, with_norms=not norms_first)
-            for work, grads in work_grads
-        ]
-        if not norms_first:
-            self._record_norms([norm for norm in norms if norm is not None])
-        return loss
+        self._selection.check(plan)
+        self._selection.plan = plan
+        self._settle()
 
     def grad_norms(self) -> Tensor:
         """2-norm of each layer's gradient in the last step, before clipping.
@@ -224,53 +219,101 @@ class LocalizedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: there has been no step yet.
         """
-        if self._norm_sq is None:
-            raise ValueError("no norms yet: call grad_norms() after a step")
-        norms = self._norm_sq.sqrt().float()
-        unmeasured = torch.ones(norms.shape, dtype=torch.bool, device=norms.device)
-        unmeasured[self._measured] = False
-        return norms.masked_fill_(unmeasured, math.nan)
+        return self._norms.norms()
 
     def state_bytes(self) -> int:
-        """Bytes of moments now allocated, over all parameters."""
-        return sum(state_bytes(state) for state in self.state.values())
+        """Bytes of moments now on the parameters' devices; of this rank's part if sharded."""
+        here = (state for param, state in self.state.items() if param not in self._away)
+        return sum(state_bytes(state) for state in here)
+
+    def offloaded_bytes(self) -> int:
+        """Bytes of moments that on_freeze="offload" has moved away."""
+        return sum(state_bytes(self.state[param]) for param in self._away)
+
+    def report(self) -> str:
+        """A table of the layers: scale, parameters, steps, bytes of moments, last gradient norm.
+
+        Waits for the device, as it shows norms.
+        """
+        rows = self._rows()
+        if self._norms.known:
+            for row, norm in zip(rows, self.grad_norms().tolist(), strict=True):
+                row.norm = None if math.isnan(norm) else norm
+        headline = optim_report.in_force_line(self._selection.policy, rows)
+        return optim_report.report_table(headline, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in the shape of `torch.optim.AdamW`'s.
+
+        Where there is something of ours to carry (layers, clipping, rounding, skipped steps), the
+        first param group has one more key, a string: plan, clipping, seed of the rounding and count
+        of skipped steps. torch.optim.AdamW loads it all the same.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        carries = self.layers is not None or self._stochastic_rounding or self.num_skipped_steps
+        if carries or self._on_nonfinite != "ignore":
+            record = Record(
+                plan=self.plan,
+                max_grad_norm=self._max_grad_norm,
+                on_nonfinite=self._on_nonfinite,
+                stochastic_rounding=self._stochastic_rounding,
+                seed=self._seed,
+                num_skipped_steps=self.num_skipped_steps,
+            )
+            state_dict["param_groups"][0][KEY] = record.to_text()
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of `torch.optim.AdamW`.
 
-        torch casts moments to the dtype of their parameter, which would round the float32 moments
-        of a bfloat16 model; here they come back as they were saved. How the update is computed
-        (`fused`, `foreach`) stays as this optimizer was made: it is no part of the state.
+        Plan, clipping, rounding and its seed come from the state, as the learning rate does; call
+        `set_plan` afterwards to go on with another plan. torch casts moments to the dtype of their
+        parameter, which would round the float32 moments of a bfloat16 model; here they come back as
+        they were saved. How the update is computed (`fused`, `foreach`, `state_dtype`, `on_freeze`)
+        stays as this optimizer was made: it is no part of the state.
 
         Raises:
-            ValueError: the state is that of other parameters, or its hyperparameters are out of
-                range; nothing has been changed then.
+            ValueError: the state is that of other parameters, its plan does not fit the layers, or
+                its hyperparameters are out of range; nothing has been changed then.
         """
-        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
         own = [{key: group[key] for key in _OWN_KEYS} for group in self.param_groups]
-        both = zip(self.param_groups, saved_groups, own, strict=False)
-        for g, (group, saved, kept) in enumerate(both):
-            check_group({**self.defaults, **saved, **kept})
-            for i, (param, saved_id) in enumerate(
-                zip(group["params"], saved["params"], strict=False)
-            ):
-                name = parameter_name(group, g, i)
-                check_saved(saved_state.get(saved_id, {}), param, name)
-        super().load_state_dict(state_dict)
+        seen: dict[str, Any] = {}
+
+        def check(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            """Runs after the user's own hooks, on what torch will load."""
+            loadable, record = take_record(incoming)
+            seen.update(state_dict=loadable, record=record)
+            if record is not None:
+                self._check_record(record)
+            check_loadable(loadable, self.param_groups, self.defaults, own)
+            return loadable
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved_groups, saved_state = seen["state_dict"]["param_groups"], seen["state_dict"]["state"]
         for group, saved, kept in zip(self.param_groups, saved_groups, own, strict=True):
             group.update(kept)
             for param, saved_id in zip(group["params"], saved["params"], strict=True):
                 if saved_id in saved_state:
-                    restore_moments(self.state[param], saved_state[saved_id], param)
-        self._forget_work()
+                    dtype = moment_dtype(param, self._state_dtype)
+                    restore_moments(self.state[param], saved_state[saved_id], param, dtype)
+        if seen["record"] is not None:
+            self._take_over(seen["record"])
+        self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
-            "_layers",
+            "_selection",
             "_max_grad_norm",
             "_on_nonfinite",
-            "_plan",
-            "_layer_ids",
+            "_on_freeze",
+            "_state_dtype",
+            "_stochastic_rounding",
+            "_seed",
+            "_release_gradients",
             "num_skipped_steps",
         )
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
@@ -283,110 +326,20 @@ class LocalizedAdamW(torch.optim.Optimizer):
         for param_state in self.state.values():
             if "step" in param_state:
                 mend_step(param_state)
-        self._forget_norms()
-        self._forget_work()
+        self._start_afresh()
+        if "_selection" in state:  # a copy or a pickle; load_state_dict settles by itself
+            self._settle()
 
-    def _forget_work(self) -> None:
-        self._fresh: list[Tensor] = []  # parameters whose state was made in this step
-        self._active: list[Active] | None = None
-        self._key: list[Any] | None = None
-        self._works: list[tuple[backends.AdamWWork, list[int]]] = []
+    def _check_record(self, record: Record) -> None:
+        self._selection.check(record.plan)
+        if self._release_gradients:
+            check_release(record.max_grad_norm, record.on_nonfinite)
+        check_parameters(self.param_groups, stochastic_rounding=record.stochastic_rounding)
 
-    def _forget_norms(self) -> None:
-        self._norm_sq: Tensor | None = None  # [layers] of the last step
-        self._measured: list[int] = []  # layers that had a gradient in it
-
-    def _scales(self) -> list[float]:
-        if self._layers is None:
-            return [1.0]
-        if self._plan is None:
-            return [1.0] * len(self._layers)
-        return [self._plan.scales[name] for name in self._layers.names]
-
-    def _find_active(self) -> list[Active]:
-        scales = self._scales()
-        return [
-            (param, layer, g, i)
-            for g, (group, ids) in enumerate(zip(self.param_groups, self._layer_ids, strict=True))
-            for i, (param, layer) in enumerate(zip(group["params"], ids, strict=True))
-            if scales[layer] > 0
-        ]
-
-    def _gather(self) -> list[tuple[backends.AdamWWork, Any]]:
-        """Check gradients, make missing state, and give each backend its gradients."""
-        if self._active is None:
-            self._active = self._find_active()
-        grads = []
-        for param, _, g, i in self._active:
-            grad = param.grad
-            if grad is not None:
-                check_grad(grad, param, self.param_groups[g], g, i)
-            grads.append(grad)
-        self._fresh = [
-            param
-            for (param, _, g, _), grad in zip(self._active, grads, strict=True)
-            if grad is not None
-            and ensure_state(self.state[param], param, amsgrad=self.param_groups[g]["amsgrad"])
-        ]
-        try:
-            self._refresh_works(self._active)
-        except Exception:
-            self._drop_fresh()
-            raise
-        work_grads = []
-        measured: set[int] = set()
-        for work, positions in self._works:
-            ours = [grads[position] for position in positions]
-            measured.update(
-                slot.layer for slot, grad in zip(work.slots, ours, strict=True) if grad is not None
-            )
-            work_grads.append((work, work.gather(ours)))
-        self._measured = sorted(measured)
-        return work_grads
-
-    def _drop_fresh(self) -> None:
-        for param in self._fresh:
-            del self.state[param]
-        self._fresh = []
-
-    def _refresh_works(self, active: list[Active]) -> None:
-        """Prepare the work anew when a parameter or its state is no longer the tensor it was."""
-        if self._key is not None and state_key(active, self.param_groups, self.state) == self._key:
-            return
-        num_layers = 1 if self._layers is None else len(self._layers)
-        self._works = prepare_works(active, self.param_groups, self.state, num_layers)
-        self._key = state_key(active, self.param_groups, self.state)
-
-    def _record_norms(self, norm_sqs: list[Tensor]) -> None:
-        if norm_sqs:
-            self._norm_sq = torch.stack([n.to(norm_sqs[0].device) for n in norm_sqs]).sum(dim=0)
-        else:
-            self._norm_sq = torch.zeros(len(self._scales()), dtype=torch.float64)
-
-    def _nonfinite(self, loss: Any) -> Any:
-        self._drop_fresh()
-        self.num_skipped_steps += 1
-        if self._on_nonfinite == "raise":
-            bad = (~torch.isfinite(cast(Tensor, self._norm_sq))).nonzero().flatten().tolist()
-            names = [
-                self._layers.names[layer] if self._layers else "all parameters" for layer in bad
-            ]
-            raise FloatingPointError(
-                "non-finite gradient in "
-                f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: nothing was "
-                "changed. Lower the learning rate or look at the batch, or use on_nonfinite='skip'"
-            )
-        return loss
-
-
-def _hyperparameters(group: dict[str, Any]) -> AdamWGroup:
-    check_lr(group["lr"])
-    beta1, beta2 = group["betas"]
-    return AdamWGroup(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        maximize=bool(group["maximize"]),
-    )
+    def _take_over(self, record: Record) -> None:
+        self._selection.plan = record.plan
+        self._max_grad_norm = record.max_grad_norm
+        self._on_nonfinite = record.on_nonfinite
+        self._stochastic_rounding = record.stochastic_rounding
+        self._seed = record.seed
+        self.num_skipped_steps = record.num_skipped_steps

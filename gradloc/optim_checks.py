@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradloc import sharding
 from gradloc.layers import LayerMap
 from gradloc.ops import is_dense
+from gradloc.optim_freeze import ON_FREEZE
+from gradloc.optim_state import check_saved
 from gradloc.plan import LayerPlan
 
 
@@ -29,8 +32,12 @@ def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
 def check_options(
     layers: LayerMap | None,
     plan: LayerPlan | None,
+    *,
     max_grad_norm: float | None,
     on_nonfinite: str | None,
+    on_freeze: str,
+    state_dtype: torch.dtype | None,
+    seed: int,
 ) -> None:
     """Check the options that torch's AdamW does not have."""
     if layers is not None and not isinstance(layers, LayerMap):
@@ -43,17 +50,35 @@ def check_options(
         )
     if on_nonfinite not in (None, "ignore", "skip", "raise"):
         raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'ignore', 'skip' or 'raise'")
+    if on_freeze not in ON_FREEZE:
+        raise ValueError(f"on_freeze={on_freeze!r}: choose 'keep', 'offload' or 'drop'")
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype={state_dtype!r}: torch.float32 or torch.bfloat16, or None for float32 "
+            "(float64 for float64 parameters)"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: a whole number of at least 0, below 2**63")
 
 
 def check_plan(plan: LayerPlan, layers: LayerMap | None, layer_ids: list[list[int]]) -> None:
-    """Check that a plan fits the layers, and that it trains some of the parameters."""
+    """Check that a plan fits the layers, and that all it trains is in the optimizer."""
     layers = _plan_layers(plan, layers)
     plan.check(layers.names)
-    present = {layers.names[layer] for ids in layer_ids for layer in ids}
-    if not present.intersection(plan.active):
+    if not plan.active:
         raise ValueError(
-            f"nothing would train: none of the plan's {len(plan.active)} active layers has a "
-            "parameter in this optimizer; give some layer a scale above 0"
+            f"nothing would train: the plan ({plan.policy}) freezes all {len(plan.scales)} layers; "
+            "give some layer a scale above 0"
+        )
+    present = {layers.names[layer] for ids in layer_ids for layer in ids}
+    absent = [name for name in plan.active if name not in present]
+    if absent:
+        more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+        raise ValueError(
+            f"the plan trains {', '.join(absent[:4])}{more}, but no parameter of that is in this "
+            "optimizer: it cannot train. Give the optimizer all parameters "
+            "(model.named_parameters()), and set requires_grad=False only afterwards; or give such "
+            "layers the scale 0"
         )
 
 
@@ -86,6 +111,8 @@ def check_group(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas}: a pair of numbers, each in [0, 1)")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors: {betas}")
     for i, beta in enumerate(betas):
         if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}: each is in [0, 1)")
@@ -96,41 +123,45 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}=True is not supported: leave it False")
 
 
-def check_parameters(groups: list[dict[str, Any]]) -> None:
-    """Check that all parameters are real floats on one device and that no two share memory."""
-    ranges: list[tuple[int, int, str]] = []
-    first: tuple[torch.device, str] | None = None
+def check_parameters(groups: list[dict[str, Any]], *, stochastic_rounding: bool) -> None:
+    """Check that all parameters can be trained and that no two share memory."""
+    ranges: list[tuple[str, int, int, str]] = []
+    everywhere = {param.device.type for group in groups for param in group["params"]}
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             name = parameter_name(group, g, i)
             if not param.is_floating_point():
                 raise ValueError(
                     f"parameter {name} has dtype={param.dtype}: only real floating-point "
-                    "parameters train "
-                    "(for complex ones, train torch.view_as_real of them)"
+                    "parameters train (for complex ones, train torch.view_as_real of them)"
                 )
-            first = first or (param.device, name)
-            if param.device != first[0]:
+            sharding.refuse_unsupported(param, name)
+            if param.device.type == "meta" and everywhere != {"meta"}:
                 raise ValueError(
-                    f"parameters on mixed devices: {first[1]} is on {first[0]}, {name} on "
-                    f"{param.device}. "
-                    "Make one optimizer for each device"
+                    f"parameter {name} is on the meta device, which holds no values, and others are "
+                    "not: load its weights before the optimizer is made"
+                )
+            if stochastic_rounding and param.dtype == torch.float16:
+                raise ValueError(
+                    f"stochastic_rounding=True, but parameter {name} is float16: it is for "
+                    "bfloat16 (float32 parameters need none); convert the model to bfloat16"
                 )
             if (
                 param.numel()
                 and param.layout == torch.strided
+                and not sharding.is_sharded(param)
                 and param.data_ptr()
                 and is_dense(param)
             ):
                 start = param.data_ptr()
-                ranges.append((start, start + param.numel() * param.element_size(), name))
+                end = start + param.numel() * param.element_size()
+                ranges.append((str(param.device), start, end, name))
     ranges.sort()
-    for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
-        if start < end:
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(ranges):
+        if device == other_device and start < end:
             raise ValueError(
                 f"parameters {name} and {other} overlap in memory: an element would be updated "
-                "twice. Pass tied "
-                "weights once, as one nn.Parameter"
+                "twice. Pass tied weights once, as one nn.Parameter"
             )
 
 
@@ -154,3 +185,25 @@ def check_grad(
             f"device={param.device}, "
             f"dtype={param.dtype}: call zero_grad() after a model was moved or changed"
         )
+
+
+def check_loadable(
+    state_dict: dict[str, Any],
+    groups: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    kept: list[dict[str, Any]],
+) -> None:
+    """Check that a state dict fits the parameters and that its hyperparameters are in range.
+
+    Args:
+        state_dict: what is to be loaded.
+        groups: the optimizer's param groups.
+        defaults: what older state dicts lack.
+        kept: by param group, the entries that loading will not change.
+    """
+    both = zip(groups, state_dict["param_groups"], kept, strict=False)
+    for g, (group, saved, own) in enumerate(both):
+        check_group({**defaults, **saved, **own})
+        for i, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=False)):
+            state = state_dict["state"].get(saved_id, {})
+            check_saved(state, param, parameter_name(group, g, i))

@@ -1,8 +1,8 @@
 """The state that LocalizedAdamW keeps for a parameter; keys are those of torch.optim.AdamW.
 
-`exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq` have the parameter's shape and memory
-order, in float32 or wider; `step` is a float32 scalar on the CPU, as torch's default AdamW keeps
-it.
+`exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq` have the parameter's shape, memory order
+and sharding; `step` is a float32 scalar on the CPU, as torch's default AdamW keeps it. Where the
+state of frozen layers goes is in `optim_freeze.py`.
 """
 
 from __future__ import annotations
@@ -12,64 +12,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradloc import sharding
 from gradloc.reference import compute_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def ensure_state(state: dict[str, Any], param: Tensor, *, amsgrad: bool) -> bool:
+def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's moments: what was asked for, else float32 or wider."""
+    return state_dtype or compute_dtype(param.dtype)
+
+
+def ensure_state(
+    state: dict[str, Any], param: Tensor, dtype: torch.dtype, *, amsgrad: bool
+) -> bool:
     """Make what is missing, zero; return whether the parameter had no state at all."""
     fresh = not state
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
     for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
-            state[key] = _zeros_like(param)
+            state[key] = zeros_like(param, dtype)
     return fresh
 
 
-def laid_out(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
-    """The moment; first brought to the right dtype, device and memory order if need be.
+def laid_out(state: dict[str, Any], key: str, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """This rank's part of the moment; first brought to the right dtype, device and memory order.
 
     Raises:
-        ValueError: the moment has another shape than the parameter.
+        ValueError: the moment has another shape or sharding than the parameter.
     """
     moment: Tensor = state[key]
-    if moment.shape != param.shape:
+    here, ours = sharding.local(moment), sharding.local(param)
+    if moment.shape != param.shape or here.shape != ours.shape:
         raise ValueError(
-            f"state {key!r} has shape={tuple(moment.shape)}, its parameter {tuple(param.shape)}: "
-            "the state is that of another model, or the parameter was resized; load a fitting "
-            "state, or clear optimizer.state[parameter] to start afresh"
+            f"state {key!r} has shape={tuple(moment.shape)}, its parameter {tuple(param.shape)}"
+            f"{_shards(here, ours, param)}: the state is that of another model, or the parameter "
+            "was resized; load a fitting state, or clear optimizer.state[parameter] to start afresh"
         )
-    if (
-        moment.dtype != compute_dtype(param.dtype)
-        or moment.device != param.device
-        or moment.stride() != param.stride()
-    ):
-        state[key] = moment = _zeros_like(param).copy_(moment)
-    return moment
+    if (here.dtype, here.device, here.stride()) != (dtype, ours.device, ours.stride()):
+        moment = zeros_like(param, dtype)
+        sharding.local(moment).copy_(here)
+        state[key] = moment
+    return sharding.local(moment)
 
 
-def restore_moments(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
+def restore_moments(
+    state: dict[str, Any], saved: dict[str, Any], param: Tensor, dtype: torch.dtype
+) -> None:
     """Undo torch's cast of loaded moments to the parameter's dtype: as they were saved."""
-    wide = compute_dtype(param.dtype)
     for key in MOMENTS:
-        if key in saved and state[key].dtype != wide:
-            state[key] = saved[key].detach().to(param.device, wide, copy=True)
+        if key in saved and (state[key].dtype != dtype or saved[key].dtype != dtype):
+            state[key] = saved[key].detach().to(param.device, dtype, copy=True)
 
 
 def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
     """Check that a state to be loaded is that of such a parameter.
 
     Raises:
-        ValueError: a moment has another shape.
+        ValueError: a moment has another shape, or one of the two is sharded and the other whole.
     """
     for key in MOMENTS:
-        shape = saved[key].shape if key in saved else param.shape
-        if shape != param.shape:
+        moment = saved.get(key, param)
+        if moment.shape != param.shape:
             raise ValueError(
-                f"state_dict: {key!r} of parameter {name} has shape={tuple(shape)}, the parameter "
-                f"{tuple(param.shape)}: the state is that of another model"
+                f"state_dict: {key!r} of parameter {name} has shape={tuple(moment.shape)}, the "
+                f"parameter {tuple(param.shape)}: the state is that of another model"
+            )
+        if sharding.is_sharded(moment) != sharding.is_sharded(param):
+            raise ValueError(
+                f"state_dict: {key!r} and parameter {name} are not sharded alike: load through "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
 
 
@@ -83,11 +96,17 @@ def mend_step(state: dict[str, Any]) -> Tensor:
 
 
 def state_bytes(state: dict[str, Any]) -> int:
-    """Bytes of the moments of one parameter."""
-    moments = (state.get(key) for key in MOMENTS)
-    return sum(t.numel() * t.element_size() for t in moments if t is not None)
+    """Bytes of the moments of one parameter, of this rank's part where they are sharded."""
+    moments = (sharding.local(state[key]) for key in MOMENTS if key in state)
+    return sum(t.numel() * t.element_size() for t in moments)
 
 
-def _zeros_like(param: Tensor) -> Tensor:
-    wide = compute_dtype(param.dtype)
-    return torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
+def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A moment of zeros, laid out and sharded as the parameter is."""
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _shards(here: Tensor, ours: Tensor, param: Tensor) -> str:
+    if not sharding.is_sharded(param):
+        return ""
+    return f" (on this rank {tuple(here.shape)} and {tuple(ours.shape)})"

@@ -5,68 +5,177 @@ Holds no optimizer state of its own; `LocalizedAdamW` decides when to prepare an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from gradloc import backends, ops
-from gradloc.optim_checks import parameter_name
-from gradloc.optim_state import laid_out, mend_step
-
-Active = tuple[Tensor, int, int, int]  # parameter, layer, param group, position in the group
+from gradloc import backends, ops, sharding
+from gradloc.optim_checks import check_grad, parameter_name
+from gradloc.optim_state import ensure_state, laid_out, mend_step, moment_dtype
 
 
-def prepare_works(
-    active: Sequence[Active],
-    groups: Sequence[dict[str, Any]],
-    states: Mapping[Tensor, dict[str, Any]],
-    num_layers: int,
-) -> list[tuple[backends.AdamWWork, list[int]]]:
-    """One work for each backend, with the positions in `active` of its parameters.
+class Active(NamedTuple):
+    """A parameter that the plan trains, and where it stands."""
 
-    Parameters without state are left out: they have had no gradient yet. Moments that came in
-    another layout are brought into the parameter's.
+    param: Tensor
+    layer: int  # index of its layer
+    group: int  # index of its param group
+    position: int  # in the group
+    number: int  # among all parameters of the optimizer, frozen ones too
 
-    Raises:
-        ValueError: a moment has another shape than its parameter, or fused=True asks for the
-            compiled core where it cannot run.
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters of one backend, device and sharding."""
+
+    work: backends.AdamWWork
+    members: list[int]  # positions in the list of active parameters
+    reduction: sharding.Reduction | None  # over which ranks sums of squares are added
+
+    def reduced(self, norm_sq: Tensor) -> Tensor:
+        """Sums of squares over all ranks."""
+        if self.reduction is not None:
+            self.reduction.sum_(norm_sq)
+        return norm_sq
+
+
+class StepWork:
+    """What a step over some parameters needs, prepared when first used and kept.
+
+    Args:
+        active: the parameters.
+        groups: the optimizer's param groups.
+        states: the optimizer's state; what is missing is made when a gradient comes.
+        num_layers: number of layers.
+        state_dtype: dtype of the moments; None: float32 or wider.
+        rounding: whether steps will round stochastically.
     """
-    found: dict[type[Any], tuple[list[ops.AdamWSlot], list[int]]] = {}
-    for position, (param, layer, g, i) in enumerate(active):
-        state = states.get(param)
-        if not state:
-            continue
-        group = groups[g]
-        slot = ops.AdamWSlot(
-            param.detach(),
-            laid_out(state, "exp_avg", param),
-            laid_out(state, "exp_avg_sq", param),
-            laid_out(state, "max_exp_avg_sq", param) if group["amsgrad"] else None,
-            mend_step(state),
-            layer,
-            g,
+
+    def __init__(
+        self,
+        active: Sequence[Active],
+        groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, dict[str, Any]],
+        num_layers: int,
+        *,
+        state_dtype: torch.dtype | None,
+        rounding: bool,
+    ) -> None:
+        self.active = list(active)
+        self._groups = groups
+        self._states = states
+        self._num_layers = num_layers
+        self._state_dtype = state_dtype
+        self._rounding = rounding
+        self._fresh: list[Tensor] = []  # parameters whose state was made by the last `gather`
+        self._key: list[Any] | None = None
+        self._parts: list[Part] = []
+
+    def is_over(
+        self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, dict[str, Any]]
+    ) -> bool:
+        """Whether these are still the optimizer's groups and state: both may be assigned to."""
+        return self._groups is groups and self._states is states
+
+    def gather(self) -> list[tuple[Part, Any]]:
+        """Check the gradients, make missing state, and give each backend its gradients.
+
+        Raises:
+            ValueError: a gradient or a moment does not fit; nothing has been changed then.
+        """
+        grads = [self._checked_grad(one) for one in self.active]
+        self._fresh = [
+            one.param
+            for one, grad in zip(self.active, grads, strict=True)
+            if grad is not None and self._ensure_state(one)
+        ]
+        try:
+            self._refresh()
+        except Exception:
+            self.drop_fresh()
+            raise
+        return [
+            (part, part.work.gather([grads[member] for member in part.members]))
+            for part in self._parts
+        ]
+
+    def layers_with_grad(self) -> set[int]:
+        """Indices of the layers of which a parameter has a gradient."""
+        return {one.layer for one in self.active if one.param.grad is not None}
+
+    def drop_fresh(self) -> None:
+        """Take back the state that the last `gather` made: the step does not happen."""
+        for param in self._fresh:
+            del self._states[param]
+        self._fresh = []
+
+    def _checked_grad(self, one: Active) -> Tensor | None:
+        grad = one.param.grad
+        if grad is None:
+            return None
+        check_grad(grad, one.param, self._groups[one.group], one.group, one.position)
+        return sharding.local_grad(grad, one.param)
+
+    def _ensure_state(self, one: Active) -> bool:
+        return ensure_state(
+            self._states[one.param],
+            one.param,
+            moment_dtype(one.param, self._state_dtype),
+            amsgrad=self._groups[one.group]["amsgrad"],
         )
-        backend = backends.choose(param, group["fused"], parameter_name(group, g, i))
-        slots, positions = found.setdefault(backend, ([], []))
-        slots.append(slot)
-        positions.append(position)
-    return [(backend(slots, num_layers), at) for backend, (slots, at) in found.items()]
 
+    def _refresh(self) -> None:
+        """Prepare the parts anew when a parameter or its state is no longer the tensor it was."""
+        if self._key is not None and self._now() == self._key:
+            return
+        found: dict[Any, tuple[list[ops.AdamWSlot], list[int]]] = {}
+        for member, one in enumerate(self.active):
+            if not self._states.get(one.param):
+                continue  # it has had no gradient yet
+            slot, kind = self._slot(one)
+            slots, members = found.setdefault(kind, ([], []))
+            slots.append(slot)
+            members.append(member)
+        self._parts = [
+            Part(backend(slots, self._num_layers), members, reduction)
+            for (backend, _, reduction), (slots, members) in found.items()
+        ]
+        self._key = self._now()
 
-def state_key(
-    active: Sequence[Active],
-    groups: Sequence[dict[str, Any]],
-    states: Mapping[Tensor, dict[str, Any]],
-) -> list[Any]:
-    """What prepared work depends on; it is prepared anew when this changes."""
-    key: list[Any] = [(group["amsgrad"], group["fused"]) for group in groups]
-    for param, _, _, _ in active:
-        # Addresses and not objects: a tensor may get other memory in place (share_memory_, .data).
-        state = states.get(param, {})
-        key.append((param.shape, param.stride(), param.data_ptr(), *map(_address, state.values())))
-    return key
+    def _slot(self, one: Active) -> tuple[ops.AdamWSlot, Any]:
+        """A parameter with its state as backends take it, and which part it belongs to."""
+        param, state, group = one.param, self._states[one.param], self._groups[one.group]
+        name = parameter_name(group, one.group, one.position)
+        dtype = moment_dtype(param, self._state_dtype)
+        ours = sharding.local(param.detach())
+        slot = ops.AdamWSlot(
+            ours,
+            laid_out(state, "exp_avg", param, dtype),
+            laid_out(state, "exp_avg_sq", param, dtype),
+            laid_out(state, "max_exp_avg_sq", param, dtype) if group["amsgrad"] else None,
+            mend_step(state),
+            one.layer,
+            one.group,
+            tensor=one.number,
+            first_element=sharding.first_element(param, name) if self._rounding else 0,
+        )
+        backend = backends.choose(ours, group["fused"], name)
+        return slot, (backend, ours.device, sharding.reduction(param))
+
+    def _now(self) -> list[Any]:
+        """What the parts depend on."""
+        key: list[Any] = [(group["amsgrad"], group["fused"]) for group in self._groups]
+        for one in self.active:
+            # Addresses and not objects: a tensor may get other memory in place (share_memory_,
+            # .data).
+            ours = sharding.local(one.param)
+            state = self._states.get(one.param, {})
+            key.append((ours.shape, ours.stride(), ours.data_ptr(), *map(_address, state.values())))
+        return key
 
 
 def _address(value: Any) -> int | None:
-    return value.data_ptr() if isinstance(value, Tensor) else None
+    return sharding.local(value).data_ptr() if isinstance(value, Tensor) else None

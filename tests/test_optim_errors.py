@@ -97,7 +97,7 @@ SCALES = {"a": 1.0, "b": 1.0}
         (LayerPlan({**SCALES, "c": 1.0}), r"unknown layers 'c'.*2 layers, the plan 3"),
         (LayerPlan({"a": 1.0}), r"layers without a scale 'b'"),
         (LayerPlan({"x": 1.0, "b": 1.0}), r"unknown layers 'x'; layers without a scale 'a'"),
-        (LayerPlan({"a": 0.0, "b": 0.0}), r"nothing would train: none of the plan's 0 active"),
+        (LayerPlan({"a": 0.0, "b": 0.0}), r"nothing would train: .* freezes all 2 layers"),
         (SCALES, r"plan=\{'a': 1.0, 'b': 1.0\} is not a LayerPlan: use a policy"),
     ],
 )
@@ -116,7 +116,7 @@ def test_plans(plan, message):
 def test_a_plan_whose_active_layers_are_not_in_the_optimizer():
     model, layers = two_layers()
     opt = LocalizedAdamW(model["a"].parameters(), layers=layers)
-    with pytest.raises(ValueError, match="none of the plan's 1 active layers has a parameter in"):
+    with pytest.raises(ValueError, match="trains b, but no parameter of that is in this optimizer"):
         opt.set_plan(LayerPlan({"a": 0.0, "b": 1.0}))
 
 
@@ -138,7 +138,7 @@ WIDE = torch.randn(20)
 BAD_PARAMS = {
     "complex": (nn.Parameter(torch.ones(2, dtype=torch.complex64)), r"dtype=torch.complex64: only"),
     "integer": (torch.ones(2, dtype=torch.int32), r"dtype=torch.int32: only real floating-point"),
-    "meta": (nn.Parameter(torch.ones(2, device="meta")), r"mixed devices: .*cpu.*meta.*one opt"),
+    "meta": (nn.Parameter(torch.ones(2, device="meta")), "is on the meta device, which holds"),
 }
 
 
@@ -169,7 +169,7 @@ def test_overlapping_parameters_are_named():
         (lambda m: ("b.x", nn.Parameter(torch.ones(2))), {"betas": (2, 0)}, "index 0: 2"),
         (lambda m: ("b.x", nn.Parameter(torch.ones(2))), {"eps": -1.0}, "epsilon value: -1"),
         (lambda m: ("b.x", nn.Parameter(torch.ones(2).cfloat())), {}, "dtype=torch.complex64"),
-        (lambda m: ("b.x", nn.Parameter(torch.ones(2, device="meta"))), {}, "mixed devices"),
+        (lambda m: ("b.x", nn.Parameter(torch.ones(2, device="meta"))), {}, "is on the meta device"),
         (
             lambda m: ("b.x", nn.Parameter(torch.ones(2).double())),
             {"fused": True},

@@ -1,0 +1,60 @@
+"""The layers' gradient norms in the last step, as the optimizer measured them on its way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class StepNorms:
+    """Sums of squares by layer, kept on the device until somebody asks.
+
+    Args:
+        num_layers: number of layers.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._norm_sq: Tensor | None = None
+        self._measured: list[int] = []
+
+    def record(self, norm_sqs: Sequence[Tensor], measured: set[int], unscale: float) -> Tensor:
+        """Take the sums of a step.
+
+        Args:
+            norm_sqs: [num_layers] each, to be added; of gradients that are still to be multiplied
+                by `unscale`.
+            measured: layers that had a gradient.
+            unscale: what undoes a GradScaler's scale.
+
+        Returns:
+            The sums of squares by layer, float64 [num_layers].
+        """
+        if norm_sqs:
+            total = torch.stack([n.to(norm_sqs[0].device) for n in norm_sqs]).sum(dim=0)
+        else:
+            total = torch.zeros(self._num_layers, dtype=torch.float64)
+        self._norm_sq = total if unscale == 1.0 else total * unscale**2
+        self._measured = sorted(measured)
+        return self._norm_sq
+
+    @property
+    def known(self) -> bool:
+        """Whether there has been a step."""
+        return self._norm_sq is not None
+
+    def norms(self) -> Tensor:
+        """float32 [num_layers]; NaN where nothing was measured.
+
+        Raises:
+            ValueError: there has been no step yet.
+        """
+        if self._norm_sq is None:
+            raise ValueError("no norms yet: call grad_norms() after a step")
+        norms = self._norm_sq.sqrt().float()
+        unmeasured = torch.ones(norms.shape, dtype=torch.bool, device=norms.device)
+        unmeasured[self._measured] = False
+        return norms.masked_fill_(unmeasured, math.nan)

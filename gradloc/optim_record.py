@@ -1,0 +1,69 @@
+"""What LocalizedAdamW's state dict carries beside torch's: the plan, clipping, rounding, counts.
+
+One JSON string in the first param group, under `KEY`: as a single value of a plain type it passes
+every way in which optimizer states are saved (`weights_only=True`, Accelerate, the flattening of
+torch.distributed.checkpoint). torch.optim.AdamW ignores it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gradloc.plan import LayerPlan
+
+KEY = "localization"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything of ours that the next step depends on."""
+
+    plan: LayerPlan | None
+    max_grad_norm: float | None
+    on_nonfinite: str
+    stochastic_rounding: bool
+    seed: int
+    num_skipped_steps: int
+
+    def to_text(self) -> str:
+        """The JSON string; floats keep every bit."""
+        plan = self.plan and {"scales": dict(self.plan.scales), "policy": self.plan.policy}
+        return json.dumps({**self.__dict__, "plan": plan})
+
+    @classmethod
+    def from_text(cls, text: Any) -> Record:
+        """Read what `to_text` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            body = json.loads(text)
+            plan = body["plan"] and LayerPlan(body["plan"]["scales"], body["plan"]["policy"])
+            limit = body["max_grad_norm"]
+            return cls(
+                plan=plan,
+                max_grad_norm=None if limit is None else float(limit),
+                on_nonfinite=str(body["on_nonfinite"]),
+                stochastic_rounding=bool(body["stochastic_rounding"]),
+                seed=int(body["seed"]),
+                num_skipped_steps=int(body["num_skipped_steps"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"state_dict: {KEY!r} of the first param group is not what LocalizedAdamW writes "
+                f"({type(error).__name__}: {error}): remove the key to load without its plan"
+            ) from error
+
+
+def take_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Record | None]:
+    """A state dict without the record, and the record, if there is one.
+
+    The state dict that was given is not changed.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    texts = [group.pop(KEY) for group in groups if KEY in group]
+    record = Record.from_text(texts[0]) if texts else None
+    return {**state_dict, "param_groups": groups}, record

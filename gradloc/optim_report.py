@@ -1,0 +1,136 @@
+"""Proof that a selection is in force: a check at the first step, one line, and a table any time.
+
+Reads the optimizer's state and changes nothing. The line goes to the logger "gradloc" (INFO).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradloc.optim_state import state_bytes
+from gradloc.plan import LayerPlan
+
+logger = logging.getLogger("gradloc")
+
+
+@dataclass
+class LayerRow:
+    """One layer as the optimizer sees it."""
+
+    name: str
+    scale: float
+    num_tensors: int = 0
+    num_elements: int = 0
+    moment_bytes: int = 0  # on the parameters' device
+    offloaded_bytes: int = 0
+    num_steps: int = 0  # of the tensor that has taken the most
+    norm: float | None = None  # of the last gradient
+
+
+def check_in_force(plan: LayerPlan, present: Collection[str], with_grad: Collection[str]) -> None:
+    """Check, at the first step of a plan, that its active layers have gradients.
+
+    Args:
+        plan: the plan.
+        present: layers of which the optimizer has parameters.
+        with_grad: the active layers of which one has a gradient.
+
+    Raises:
+        RuntimeError: no active layer has a gradient.
+
+    Warns:
+        RuntimeWarning: some active layers have none.
+    """
+    without = [name for name in plan.active if name in present and name not in with_grad]
+    remedy = (
+        "Was requires_grad=False set on them, or did backward() not reach them? Set "
+        "requires_grad=True for what the plan trains"
+    )
+    if not with_grad:
+        raise RuntimeError(
+            f"the plan ({plan.policy}) trains nothing: none of its {len(without)} active layers "
+            f"has a gradient in its first step. {remedy}"
+        )
+    if without:
+        more = f" and {len(without) - 4} more" if len(without) > 4 else ""
+        warnings.warn(
+            f"the plan ({plan.policy}) is in force, but these active layers have no gradient and "
+            f"do not train: {', '.join(without[:4])}{more}. {remedy}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def in_force_line(policy: str, rows: Sequence[LayerRow]) -> str:
+    """The line about a plan: layers, parameters, bytes; policy: what made it."""
+    active = [row for row in rows if row.scale > 0]
+    trained = sum(row.num_elements for row in active)
+    total = sum(row.num_elements for row in rows)
+    away = sum(row.offloaded_bytes for row in rows)
+    return (
+        f"plan in force ({policy}): {len(active)} of {len(rows)} layers train, "
+        f"{trained:,} of {total:,} parameters ({trained / max(total, 1):.1%}); moments "
+        f"{_size(sum(row.moment_bytes for row in rows))}"
+        + (f", {_size(away)} offloaded" if away else "")
+    )
+
+
+def report_table(headline: str, rows: Sequence[LayerRow]) -> str:
+    """A table of the layers, for people."""
+    width = max(5, *(len(row.name) for row in rows))
+    away = any(row.offloaded_bytes for row in rows)
+    head = f"{'layer':{width}}  {'scale':>6}  {'parameters':>12}  {'steps':>6}  {'moments':>10}"
+    lines = [headline, head + (f"  {'offloaded':>10}" if away else "") + f"  {'grad norm':>10}"]
+    for row in rows:
+        scale = "frozen" if row.scale == 0 else f"{row.scale:.3g}"
+        lines.append(
+            f"{row.name:{width}}  {scale:>6}  {row.num_elements:>12,}  {row.num_steps:>6}  "
+            f"{_size(row.moment_bytes):>10}"
+            + (f"  {_size(row.offloaded_bytes):>10}" if away else "")
+            + f"  {'-' if row.norm is None else f'{row.norm:.3e}':>10}"
+        )
+    return "\n".join(lines)
+
+
+def layer_rows(
+    names: Sequence[str],
+    scales: Sequence[float],
+    params: Iterable[tuple[Tensor, int]],
+    states: Mapping[Tensor, dict[str, Any]],
+    away: Collection[Tensor],
+) -> list[LayerRow]:
+    """A row a layer.
+
+    Args:
+        names: of the layers.
+        scales: by layer.
+        params: the optimizer's parameters, each with the index of its layer.
+        states: the optimizer's state.
+        away: the parameters whose moments are offloaded.
+    """
+    rows = [LayerRow(name, scale) for name, scale in zip(names, scales, strict=True)]
+    for param, layer in params:
+        row, state = rows[layer], states.get(param, {})
+        row.num_tensors += 1
+        row.num_elements += param.numel()
+        if param in away:
+            row.offloaded_bytes += state_bytes(state)
+        else:
+            row.moment_bytes += state_bytes(state)
+        row.num_steps = max(row.num_steps, int(state.get("step", 0)))
+    return rows
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

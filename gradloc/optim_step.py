@@ -1,0 +1,258 @@
+"""One step of LocalizedAdamW: gradients in, norms, clipping, the update, proof of the plan.
+
+What is set up once and what is saved stand in `optim.py`; the arithmetic is the backends'.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradloc import optim_report, sharding
+from gradloc.optim_checks import check_lr
+from gradloc.optim_freeze import bring_back, put_away
+from gradloc.optim_norms import StepNorms
+from gradloc.optim_release import GradientRelease
+from gradloc.optim_selection import Selection
+from gradloc.optim_work import Active, Part, StepWork
+from gradloc.reference import AdamWGroup, clip_coefficient
+
+
+class PlannedSteps(torch.optim.Optimizer):
+    """The part of LocalizedAdamW that runs steps.
+
+    Attributes:
+        num_skipped_steps: steps left out because a gradient was not finite.
+    """
+
+    # torch.amp.GradScaler hands scale and overflow flag over instead of rewriting all gradients.
+    _step_supports_amp_scaling = True
+
+    num_skipped_steps: int
+    _selection: Selection
+    _max_grad_norm: float | None
+    _on_nonfinite: str
+    _on_freeze: str
+    _state_dtype: torch.dtype | None
+    _stochastic_rounding: bool
+    _seed: int
+    _release_gradients: bool
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step over the active layers.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as for every torch optimizer.
+
+        Raises:
+            ValueError: a sparse gradient, or one of another shape or device; nothing has been
+                changed then.
+            FloatingPointError: a non-finite gradient with on_nonfinite="raise"; nothing has been
+                changed then.
+            RuntimeError: the first step of a plan, and nothing that it trains has a gradient;
+                nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        unscale = self._amp_unscale()
+        if self._release is not None:
+            return self._finish_release(self._release, loss)
+        if unscale is None:
+            self.num_skipped_steps += 1
+            return loss
+        groups = self._hyperparameters()
+        work = self._step_work()
+        parts_grads = work.gather()
+        measured = work.layers_with_grad()
+        coef = unscale
+        norms_first = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
+        if norms_first:
+            norm_sqs = [part.reduced(part.work.norm_sq(grads)) for part, grads in parts_grads]
+            norm_sq = self._norms.record(norm_sqs, measured, unscale)
+            total = math.sqrt(float(norm_sq.sum()))
+            if not math.isfinite(total) and self._on_nonfinite != "ignore":
+                work.drop_fresh()
+                return self._nonfinite(norm_sq, loss)
+            if self._max_grad_norm is not None:
+                coef *= float(clip_coefficient(total, self._max_grad_norm))
+        self._prove(work, measured)
+        scales = self._selection.scales()
+        norms = [
+            part.work.step(
+                grads,
+                groups,
+                scales,
+                coef,
+                with_norms=not norms_first,
+                rounding_seed=self._rounding_seed,
+            )
+            for part, grads in parts_grads
+        ]
+        if not norms_first:
+            found = zip(parts_grads, norms, strict=True)
+            norm_sqs = [part.reduced(norm) for (part, _), norm in found if norm is not None]
+            self._norms.record(norm_sqs, measured, unscale)
+        if not self._said:
+            self._say()
+        return loss
+
+    def _start_afresh(self) -> None:
+        """Forget what is derived from parameters, state and plan."""
+        release: GradientRelease | None = self.__dict__.get("_release")
+        if release is not None:
+            release.remove()
+        self._release = GradientRelease(self._update_one) if self._release_gradients else None
+        self._away: set[Tensor] = set()  # parameters whose moments are offloaded
+        self._norms = StepNorms(len(self._selection.names))
+        self._said = self._selection.plan is None  # that the plan is in force
+        self._forget_work()
+
+    def _forget_work(self) -> None:
+        self._work: StepWork | None = None
+        self._single: dict[Tensor, tuple[int, StepWork]] = {}  # with release_gradients
+
+    def _settle(self) -> None:
+        """Put the plan in force: state where it belongs, work prepared anew, proof to come."""
+        self._said = self._selection.plan is None
+        self._forget_work()
+        self._watch()
+        active, frozen = self._selection.divide(self.param_groups)
+        put_away(self._on_freeze, frozen, self.state, self._away)
+        bring_back((one.param for one in active), self.state, self._away)
+
+    def _watch(self) -> None:
+        if self._release is not None:
+            self._release.watch(param for param, _ in self._selection.params(self.param_groups))
+
+    def _hyperparameters(self) -> list[AdamWGroup]:
+        return [_hyperparameters(group) for group in self.param_groups]
+
+    @property
+    def _rounding_seed(self) -> int | None:
+        return self._seed if self._stochastic_rounding else None
+
+    def _step_work(self) -> StepWork:
+        stale = self._work is not None and not self._work.is_over(self.param_groups, self.state)
+        if self._work is None or stale:
+            self._work = self._work_over(self._selection.divide(self.param_groups)[0])
+        return self._work
+
+    def _work_over(self, active: list[Active]) -> StepWork:
+        return StepWork(
+            active,
+            self.param_groups,
+            self.state,
+            len(self._selection.names),
+            state_dtype=self._state_dtype,
+            rounding=self._stochastic_rounding,
+        )
+
+    def _prove(self, work: StepWork | None, measured: set[int]) -> None:
+        """At the first step of a plan: check that what it trains has gradients."""
+        if self._said or self._selection.plan is None:
+            return
+        names = self._selection.names
+        present = {names[layer] for layer in self._selection.present()}
+        try:
+            optim_report.check_in_force(self._selection.plan, present, {names[i] for i in measured})
+        except RuntimeError:
+            if work is not None:
+                work.drop_fresh()
+            raise
+
+    def _say(self) -> None:
+        """At the first step of a plan: say in one line that it is in force."""
+        self._said = True
+        if optim_report.logger.isEnabledFor(logging.INFO):
+            line = optim_report.in_force_line(self._selection.policy, self._rows())
+            optim_report.logger.info(line)
+
+    def _rows(self) -> list[optim_report.LayerRow]:
+        chosen = self._selection
+        params = chosen.params(self.param_groups)
+        return optim_report.layer_rows(
+            chosen.names, chosen.scales(), params, self.state, self._away
+        )
+
+    def _amp_unscale(self) -> float | None:
+        """What undoes GradScaler's scale; None when it found an overflow and there is no step."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self._release is not None and (found_inf is not None or scale is not None):
+            raise RuntimeError(
+                "release_gradients=True with GradScaler: the scaled gradients were applied before "
+                "the scaler could look at them, so the parameters are wrong now; train in bfloat16 "
+                "without a scaler, or use release_gradients=False"
+            )
+        if found_inf is not None and _number(found_inf):
+            return None
+        return 1.0 if scale is None else 1.0 / _number(scale)
+
+    def _nonfinite(self, norm_sq: Tensor, loss: Any) -> Any:
+        self.num_skipped_steps += 1
+        if self._on_nonfinite == "raise":
+            names = self._selection.names
+            bad = [names[at] for at in (~torch.isfinite(norm_sq)).nonzero().flatten().tolist()]
+            raise FloatingPointError(
+                f"non-finite gradient in {', '.join(bad[:4])}{' ...' if len(bad) > 4 else ''}: "
+                "nothing was changed. Lower the learning rate or look at the batch, or use "
+                "on_nonfinite='skip'"
+            )
+        return loss
+
+    def _update_one(self, param: Tensor) -> tuple[Part, Tensor, int] | None:
+        """Update one parameter whose gradient has just come (release_gradients)."""
+        if not self._single:
+            active = self._selection.divide(self.param_groups)[0]
+            self._single = {one.param: (one.layer, self._work_over([one])) for one in active}
+        if param not in self._single:
+            return None  # frozen
+        layer, work = self._single[param]
+        ((part, grads),) = work.gather()
+        norm_sq = part.work.step(
+            grads,
+            self._hyperparameters(),
+            self._selection.scales(),
+            1.0,
+            with_norms=True,
+            rounding_seed=self._rounding_seed,
+        )
+        assert norm_sq is not None
+        return part, norm_sq, layer
+
+    def _finish_release(self, release: GradientRelease, loss: Any) -> Any:
+        """End a step whose updates happened in backward; do those of gradients set by hand."""
+        for param, _ in self._selection.params(self.param_groups):
+            if param.grad is not None:
+                release.release(param)
+        norm_sqs, measured = release.finish_step()
+        self._prove(None, measured)
+        self._norms.record(norm_sqs, measured, 1.0)
+        if not self._said:
+            self._say()
+        return loss
+
+
+def _number(value: Any) -> float:
+    """A one-element tensor's value, also of a DTensor."""
+    return float(value.full_tensor() if sharding.is_sharded(value) else value)
+
+
+def _hyperparameters(group: dict[str, Any]) -> AdamWGroup:
+    check_lr(group["lr"])
+    beta1, beta2 = group["betas"]
+    return AdamWGroup(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        maximize=bool(group["maximize"]),
+    )
