@@ -203,10 +203,16 @@ class LocalizedAdamW(PlannedSteps):
             ValueError: the plan names unknown layers, leaves layers out, trains nothing, trains
                 layers without a parameter in this optimizer, or the optimizer was made without
                 `layers`. The old plan stays in force then.
+            OSError: there is no room to offload moments to. The old plan stays in force then.
         """
         self._selection.check(plan)
-        self._selection.plan = plan
-        self._settle()
+        before, self._selection.plan = self.plan, plan
+        try:
+            self._settle()
+        except (OSError, ValueError):  # no room to offload to
+            self._selection.plan = before
+            self._settle()
+            raise
 
     def grad_norms(self) -> Tensor:
         """2-norm of each layer's gradient in the last step, before clipping.

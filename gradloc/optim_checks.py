@@ -138,8 +138,8 @@ def check_parameters(groups: list[dict[str, Any]], *, stochastic_rounding: bool)
             sharding.refuse_unsupported(param, name)
             if param.device.type == "meta" and everywhere != {"meta"}:
                 raise ValueError(
-                    f"parameter {name} is on the meta device, which holds no values, and others are "
-                    "not: load its weights before the optimizer is made"
+                    f"parameter {name} is on the meta device, which holds no values, and others "
+                    "are not: load its weights before the optimizer is made"
                 )
             if stochastic_rounding and param.dtype == torch.float16:
                 raise ValueError(

@@ -54,8 +54,8 @@ class GradientRelease:
         """Put hooks on the parameters that require gradients and have none of ours."""
         for param in params:
             if param.requires_grad and param not in self._handles:
-                handle = param.register_post_accumulate_grad_hook(self.release)
-                self._handles[param] = handle
+                register: Any = param.register_post_accumulate_grad_hook  # torch has no types
+                self._handles[param] = register(self.release)
 
     def release(self, param: Tensor) -> None:
         """Update a parameter and free its gradient.
@@ -64,6 +64,8 @@ class GradientRelease:
             RuntimeError: a second gradient before the step ended, or one that other ranks have yet
                 to be averaged with.
         """
+        if param.grad is None:
+            return  # another hook has taken it
         if param in self._done:
             raise RuntimeError(
                 f"release_gradients=True: a second gradient of a parameter (shape "

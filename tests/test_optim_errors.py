@@ -169,7 +169,11 @@ def test_overlapping_parameters_are_named():
         (lambda m: ("b.x", nn.Parameter(torch.ones(2))), {"betas": (2, 0)}, "index 0: 2"),
         (lambda m: ("b.x", nn.Parameter(torch.ones(2))), {"eps": -1.0}, "epsilon value: -1"),
         (lambda m: ("b.x", nn.Parameter(torch.ones(2).cfloat())), {}, "dtype=torch.complex64"),
-        (lambda m: ("b.x", nn.Parameter(torch.ones(2, device="meta"))), {}, "is on the meta device"),
+        (
+            lambda m: ("b.x", nn.Parameter(torch.ones(2, device="meta"))),
+            {},
+            "is on the meta device",
+        ),
         (
             lambda m: ("b.x", nn.Parameter(torch.ones(2).double())),
             {"fused": True},
