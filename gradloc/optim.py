@@ -265,6 +265,7 @@ class LocalizedAdamW(PlannedSteps):
                 stochastic_rounding=self._stochastic_rounding,
                 seed=self._seed,
                 num_skipped_steps=self.num_skipped_steps,
+                num_states=len(state_dict["state"]),
             )
             state_dict["param_groups"][0][KEY] = record.to_text()
         return state_dict

@@ -26,6 +26,7 @@ class Record:
     stochastic_rounding: bool
     seed: int
     num_skipped_steps: int
+    num_states: int  # parameters with state, so that a load can tell when some were left behind
 
     def to_text(self) -> str:
         """The JSON string; floats keep every bit."""
@@ -50,6 +51,7 @@ class Record:
                 stochastic_rounding=bool(body["stochastic_rounding"]),
                 seed=int(body["seed"]),
                 num_skipped_steps=int(body["num_skipped_steps"]),
+                num_states=int(body["num_states"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -62,8 +64,20 @@ def take_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Record | No
     """A state dict without the record, and the record, if there is one.
 
     The state dict that was given is not changed.
+
+    Raises:
+        ValueError: the record cannot be read, or the state of parameters is missing.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     texts = [group.pop(KEY) for group in groups if KEY in group]
     record = Record.from_text(texts[0]) if texts else None
+    found = len(state_dict["state"])
+    if record is not None and found < record.num_states:
+        raise ValueError(
+            f"state_dict: it was saved with the state of {record.num_states} parameters and has "
+            f"that of {found}. torch.distributed.checkpoint reads only what the optimizer has "
+            "state for already: call gradloc.distributed.prepare_to_load(model, optimizer, "
+            f"checkpoint) before get_state_dict; or remove {KEY!r} from the first param group to "
+            "load without the rest"
+        )
     return {**state_dict, "param_groups": groups}, record

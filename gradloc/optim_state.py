@@ -82,7 +82,8 @@ def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
         if sharding.is_sharded(moment) != sharding.is_sharded(param):
             raise ValueError(
                 f"state_dict: {key!r} and parameter {name} are not sharded alike: load through "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, after "
+                "gradloc.distributed.prepare_to_load"
             )
 
 
