@@ -226,6 +226,11 @@ class LayerMap:
             )
         return list(found.values())
 
+    def known_parameters(self) -> list[tuple[torch.Tensor, int]]:
+        """The parameters that `index` knows by identity and that are alive, each with its layer."""
+        alive = ((reference(), position) for reference, position in self._identities.values())
+        return [(parameter, position) for parameter, position in alive if parameter is not None]
+
     def _find(self, name: str) -> int:
         for candidate in (name, _plain(name)):
             position = self._index.get(self._aliases.get(candidate, candidate), -1)

@@ -33,19 +33,26 @@ class LayerRow:
     norm: float | None = None  # of the last gradient
 
 
-def check_in_force(plan: LayerPlan, present: Collection[str], with_grad: Collection[str]) -> None:
+def check_in_force(
+    plan: LayerPlan,
+    *,
+    present: Collection[str],
+    with_grad: Collection[str],
+    left_out: Collection[str],
+) -> None:
     """Check, at the first step of a plan, that its active layers have gradients.
 
     Args:
         plan: the plan.
         present: layers of which the optimizer has parameters.
-        with_grad: the active layers of which one has a gradient.
+        with_grad: the active layers of which a parameter has a gradient.
+        left_out: the active layers of which a parameter has a gradient and is not in the optimizer.
 
     Raises:
         RuntimeError: no active layer has a gradient.
 
     Warns:
-        RuntimeWarning: some active layers have none.
+        RuntimeWarning: some active layers have none, or are not whole in the optimizer.
     """
     without = [name for name in plan.active if name in present and name not in with_grad]
     remedy = (
@@ -58,10 +65,17 @@ def check_in_force(plan: LayerPlan, present: Collection[str], with_grad: Collect
             f"has a gradient in its first step. {remedy}"
         )
     if without:
-        more = f" and {len(without) - 4} more" if len(without) > 4 else ""
         warnings.warn(
             f"the plan ({plan.policy}) is in force, but these active layers have no gradient and "
-            f"do not train: {', '.join(without[:4])}{more}. {remedy}",
+            f"do not train: {_shown(without)}. {remedy}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    if left_out:
+        warnings.warn(
+            f"the plan ({plan.policy}) trains only a part of these layers: {_shown(left_out)}. "
+            "Others of their parameters have gradients but are not in the optimizer; give it all "
+            "parameters, and set requires_grad=False only afterwards",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -125,6 +139,11 @@ def layer_rows(
             row.moment_bytes += state_bytes(state)
         row.num_steps = max(row.num_steps, int(state.get("step", 0)))
     return rows
+
+
+def _shown(names: Collection[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
 
 
 def _size(count: int) -> str:

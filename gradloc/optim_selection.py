@@ -69,6 +69,18 @@ class Selection:
         """The layers of which the optimizer has parameters."""
         return {layer for ids in self._layer_ids for layer in ids}
 
+    def left_out(self, groups: Groups) -> set[str]:
+        """Active layers of which some parameter has a gradient and is not in the optimizer."""
+        if self.layers is None:
+            return set()
+        scales = self.scales()
+        ours = {param for param, _ in self.params(groups)}
+        return {
+            self.names[layer]
+            for param, layer in self.layers.known_parameters()
+            if scales[layer] > 0 and param.grad is not None and param not in ours
+        }
+
     def params(self, groups: Groups) -> list[tuple[Tensor, int]]:
         """All parameters, each with the index of its layer."""
         both = zip(groups, self._layer_ids, strict=True)

@@ -157,13 +157,17 @@ class PlannedSteps(torch.optim.Optimizer):
 
     def _prove(self, work: StepWork | None, measured: set[int]) -> None:
         """At the first step of a plan: check that what it trains has gradients."""
-        if self._said or self._selection.plan is None:
+        chosen = self._selection
+        if self._said or chosen.plan is None:
             return
-        names = self._selection.names
-        present = {names[layer] for layer in self._selection.present()}
         try:
-            optim_report.check_in_force(self._selection.plan, present, {names[i] for i in measured})
-        except RuntimeError:
+            optim_report.check_in_force(
+                chosen.plan,
+                present={chosen.names[layer] for layer in chosen.present()},
+                with_grad={chosen.names[layer] for layer in measured},
+                left_out=chosen.left_out(self.param_groups),
+            )
+        except (RuntimeError, RuntimeWarning):  # also where warnings are made errors
             if work is not None:
                 work.drop_fresh()
             raise

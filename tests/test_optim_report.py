@@ -92,6 +92,23 @@ def test_frozen_before_the_optimizer_was_made():
     assert not torch.equal(model["b"].weight, before)
 
 
+def test_a_part_of_a_layer_frozen_before_the_optimizer_was_made():
+    model = nn.ModuleDict({name: nn.Linear(6, 4) for name in NAMES})
+    layers = LayerMap.from_model(model)
+    model["b"].bias.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plan = LayerPlan({"a": 1, "b": 1, "c": 0})
+    opt = LocalizedAdamW(trained, layers=layers, plan=plan)
+    give_gradients(model, "a")
+    model["b"].weight.grad = torch.ones(4, 6)
+    opt.step()  # what is frozen is meant to be
+    opt.set_plan(plan)
+    model["b"].requires_grad_(True)
+    give_gradients(model)
+    with pytest.warns(RuntimeWarning, match=r"only a part of these layers: b\. Others of their"):
+        opt.step()
+
+
 def test_the_table():
     model, opt = make(1, 0, 0.25, on_freeze="offload")
     assert "grad norm" in opt.report(), "before any step"
