@@ -7,8 +7,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from gradloc.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from gradloc.layers import LayerMap
+    from gradloc.memory import MemoryEstimate
 
 _SCHEMA = "gradloc.plan"
 _VERSION = 1
@@ -83,6 +91,44 @@ class LayerPlan:
                 f"model with the same granularity (the model has {len(expected)} layers, the plan "
                 f"{len(self.scales)})"
             )
+
+    def memory(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerMap | None = None,
+        state_dtype: torch.dtype | None = None,
+        amsgrad: bool = False,
+        gradients: str = "active",
+    ) -> MemoryEstimate:
+        """Predict the bytes of parameters, gradients and moments, beside those of full training.
+
+        Args:
+            model: the model to train; only shapes and dtypes are read, so the meta device will do.
+            layers: the plan's map; None: made from the model, with the granularity that fits.
+            state_dtype: of the moments, as for `LocalizedAdamW`; None: float32 for parameters in
+                float32, bfloat16 and float16, float64 for float64.
+            amsgrad: as for `LocalizedAdamW`: a third moment.
+            gradients: "active": frozen layers have `requires_grad=False` and no gradient; "all":
+                every layer has one.
+
+        Returns:
+            A row each for the embeddings, the head and the other layers, and totals. `print` shows
+            a table.
+
+        Raises:
+            ValueError: the plan does not fit the model, or an unknown `gradients` or `state_dtype`.
+        """
+        from gradloc.memory import estimate_memory
+
+        return estimate_memory(
+            self,
+            model,
+            layers=layers,
+            state_dtype=state_dtype,
+            amsgrad=amsgrad,
+            gradients=gradients,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
