@@ -77,29 +77,39 @@ struct AdamWWork {
 
   AdamWWork(std::vector<int64_t> sizes, std::vector<int32_t> layers, int32_t num_layers,
             const Addresses& params, const std::vector<int32_t>& param_dtypes,
-            const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
-            const Addresses& max_exp_avg_sqs, const Addresses& steps, std::vector<int32_t> groups)
+            const std::vector<int32_t>& moment_dtypes, const Addresses& exp_avgs,
+            const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs, const Addresses& steps,
+            std::vector<int32_t> groups, std::vector<int64_t> tensor_ids,
+            std::vector<int64_t> first_elements)
       : work(std::move(sizes), std::move(layers), num_layers),
-        tensors{pointers<void>(params),
-                dtypes(param_dtypes),
-                pointers<float>(exp_avgs),
-                pointers<float>(exp_avg_sqs),
-                pointers<float>(max_exp_avg_sqs),
-                pointers<float>(steps),
-                std::move(groups)} {
+        tensors{pointers<void>(params),      dtypes(param_dtypes),
+                dtypes(moment_dtypes),       pointers<void>(exp_avgs),
+                pointers<void>(exp_avg_sqs), pointers<void>(max_exp_avg_sqs),
+                pointers<float>(steps),      std::move(groups),
+                std::move(tensor_ids),       std::move(first_elements)} {
     const size_t n = work.num_tensors();
     check_length("params", params.size(), n);
     check_length("param_dtypes", param_dtypes.size(), n);
+    check_length("moment_dtypes", moment_dtypes.size(), n);
     check_length("exp_avgs", exp_avgs.size(), n);
     check_length("exp_avg_sqs", exp_avg_sqs.size(), n);
     check_length("max_exp_avg_sqs", max_exp_avg_sqs.size(), n);
     check_length("steps", steps.size(), n);
     check_length("groups", tensors.groups.size(), n);
+    check_length("tensor_ids", tensors.tensor_ids.size(), n);
+    check_length("first_elements", tensors.first_elements.size(), n);
+    for (size_t i = 0; i < n; ++i) {
+      if (tensors.moment_dtypes[i] == DType::kFloat16) {
+        throw std::invalid_argument("moments of tensor " + std::to_string(i) +
+                                    " are float16: float32 or bfloat16");
+      }
+    }
   }
 
   void step(const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
             const std::vector<GroupTuple>& group_tuples, const std::vector<double>& scales,
-            double clip_coef, uintptr_t norm_sq_out, int num_threads) {
+            double clip_coef, uintptr_t norm_sq_out, std::optional<uint64_t> rounding_seed,
+            int num_threads) {
     const gradloc::Grads list = make_grads(work, grads, grad_dtypes);
     check_length("scales", scales.size(), static_cast<size_t>(work.num_layers));
     std::vector<gradloc::AdamWGroup> groups;
@@ -113,7 +123,7 @@ struct AdamWWork {
     }
     py::gil_scoped_release release;
     gradloc::cpu::adamw_step(work, tensors, list, groups, scales, clip_coef,
-                             reinterpret_cast<double*>(norm_sq_out), num_threads);
+                             reinterpret_cast<double*>(norm_sq_out), rounding_seed, num_threads);
   }
 };
 
@@ -166,11 +176,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<AdamWWork>(m, "AdamWWork", "Tensors that an AdamW step updates.")
       .def(py::init<std::vector<int64_t>, std::vector<int32_t>, int32_t, const Addresses&,
-                    const std::vector<int32_t>&, const Addresses&, const Addresses&,
-                    const Addresses&, const Addresses&, std::vector<int32_t>>(),
+                    const std::vector<int32_t>&, const std::vector<int32_t>&, const Addresses&,
+                    const Addresses&, const Addresses&, const Addresses&, std::vector<int32_t>,
+                    std::vector<int64_t>, std::vector<int64_t>>(),
            py::arg("sizes"), py::arg("layers"), py::arg("num_layers"), py::arg("params"),
-           py::arg("param_dtypes"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-           py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("groups"))
+           py::arg("param_dtypes"), py::arg("moment_dtypes"), py::arg("exp_avgs"),
+           py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("groups"),
+           py::arg("tensor_ids"), py::arg("first_elements"))
       .def(
           "norm_sq",
           [](AdamWWork& self, const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
@@ -179,6 +191,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grads"), py::arg("grad_dtypes"), py::arg("out"), py::arg("num_threads"),
           "Sums of squares by layer into `out`, float64 [num_layers].")
       .def("step", &AdamWWork::step, py::arg("grads"), py::arg("grad_dtypes"), py::arg("groups"),
-           py::arg("scales"), py::arg("clip_coef"), py::arg("norm_sq_out"), py::arg("num_threads"),
-           "One AdamW step; `norm_sq_out` is 0 or the address of float64 [num_layers].");
+           py::arg("scales"), py::arg("clip_coef"), py::arg("norm_sq_out"),
+           py::arg("rounding_seed"), py::arg("num_threads"),
+           "One AdamW step; `norm_sq_out` is 0 or the address of float64 [num_layers]. With a "
+           "seed, bfloat16 storage is rounded stochastically.");
 }

@@ -45,13 +45,17 @@ struct Grads {
 
 // The parameters and state of an AdamW step, in the order of the work's tensors.
 struct AdamWTensors {
-  std::vector<void*> params;            // [tensors], param_dtypes
-  std::vector<DType> param_dtypes;      // [tensors]
-  std::vector<float*> exp_avgs;         // [tensors]
-  std::vector<float*> exp_avg_sqs;      // [tensors]
-  std::vector<float*> max_exp_avg_sqs;  // [tensors], null without amsgrad
-  std::vector<float*> steps;            // [tensors] one float32 each, steps taken so far
-  std::vector<int32_t> groups;          // [tensors] index of the param group
+  std::vector<void*> params;           // [tensors], param_dtypes
+  std::vector<DType> param_dtypes;     // [tensors]
+  std::vector<DType> moment_dtypes;    // [tensors] of the next three: float32 or bfloat16
+  std::vector<void*> exp_avgs;         // [tensors]
+  std::vector<void*> exp_avg_sqs;      // [tensors]
+  std::vector<void*> max_exp_avg_sqs;  // [tensors], null without amsgrad
+  std::vector<float*> steps;           // [tensors] one float32 each, steps taken so far
+  std::vector<int32_t> groups;         // [tensors] index of the param group
+  // For stochastic rounding: what tells a tensor from others, and where a shard begins in it.
+  std::vector<int64_t> tensor_ids;      // [tensors]
+  std::vector<int64_t> first_elements;  // [tensors] position of the first element in the whole
 };
 
 }  // namespace gradloc

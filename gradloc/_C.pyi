@@ -22,11 +22,14 @@ class AdamWWork:
         num_layers: int,
         params: Sequence[int],
         param_dtypes: Sequence[int],
+        moment_dtypes: Sequence[int],
         exp_avgs: Sequence[int],
         exp_avg_sqs: Sequence[int],
         max_exp_avg_sqs: Sequence[int],
         steps: Sequence[int],
         groups: Sequence[int],
+        tensor_ids: Sequence[int],
+        first_elements: Sequence[int],
     ) -> None: ...
     def norm_sq(
         self, grads: Sequence[int], grad_dtypes: Sequence[int], out: int, num_threads: int
@@ -39,5 +42,6 @@ class AdamWWork:
         scales: Sequence[float],
         clip_coef: float,
         norm_sq_out: int,
+        rounding_seed: int | None,
         num_threads: int,
     ) -> None: ...

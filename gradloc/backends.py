@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gradloc import ops, reference
-from gradloc.reference import AdamWGroup
+from gradloc.reference import AdamWGroup, Rounding
 
 
 class AdamWWork(Protocol):
@@ -30,8 +30,12 @@ class AdamWWork(Protocol):
         clip_coef: float,
         *,
         with_norms: bool,
+        rounding_seed: int | None,
     ) -> Tensor | None:
-        """Update what has a gradient; return the sums of squares by layer if asked."""
+        """Update what has a gradient; return the sums of squares by layer if asked.
+
+        With a seed, what is stored in bfloat16 is rounded stochastically, else to nearest.
+        """
 
 
 class ReferenceAdamW:
@@ -57,11 +61,15 @@ class ReferenceAdamW:
         clip_coef: float,
         *,
         with_norms: bool,
+        rounding_seed: int | None,
     ) -> Tensor | None:
         """Update what has a gradient; return the sums of squares by layer if asked."""
         norm_sq = self.norm_sq(grads) if with_norms else None
         for slot, grad in zip(self.slots, grads, strict=True):
             if grad is not None:
+                rounding = None
+                if rounding_seed is not None:
+                    rounding = Rounding(rounding_seed, slot.tensor, slot.first_element)
                 reference.adamw_step(
                     slot.param,
                     grad,
@@ -72,6 +80,7 @@ class ReferenceAdamW:
                     group=groups[slot.group],
                     lr_scale=scales[slot.layer],
                     clip_coef=clip_coef,
+                    rounding=rounding,
                 )
         return norm_sq
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradloc.reference import AdamWGroup
+from gradloc.reference import is_dense as is_dense
 
 try:
     from gradloc import _C
@@ -43,20 +44,6 @@ def select_simd(name: str) -> None:
         ValueError: the build or the processor does not have it.
     """
     _C.select_simd(name)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, dimensions in any order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(
-        (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1
-    ):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def runs_natively(tensor: Tensor) -> bool:
@@ -98,20 +85,22 @@ class AdamWSlot:
     """One parameter that an optimizer updates, with its state."""
 
     param: Tensor
-    exp_avg: Tensor  # same shape; dtype reference.compute_dtype(param.dtype)
+    exp_avg: Tensor  # same shape; float32 or bfloat16, or wider for a wider param
     exp_avg_sq: Tensor  # same shape and dtype as exp_avg
     max_exp_avg_sq: Tensor | None  # the same, with amsgrad
     step: Tensor  # float32, one element on the CPU
     layer: int  # index of its layer
     group: int  # index of its param group
+    tensor: int = 0  # its identity for stochastic rounding
+    first_element: int = 0  # position of its first element in the full tensor, when it is a shard
 
 
 class NativeAdamW:
     """AdamW over a fixed list of parameters in one pass of the compiled core.
 
     Args:
-        slots: the parameters; each must pass `runs_natively`, with float32 moments of the same
-            strides.
+        slots: the parameters; each must pass `runs_natively`, with moments of the same strides, all
+            float32 or all bfloat16.
         num_layers: number of layers.
     """
 
@@ -123,9 +112,10 @@ class NativeAdamW:
             assert all(
                 m is None
                 or (m.shape, m.stride(), m.dtype, m.device)
-                == (slot.param.shape, slot.param.stride(), torch.float32, slot.param.device)
+                == (slot.param.shape, slot.param.stride(), slot.exp_avg.dtype, slot.param.device)
                 for m in moments
             )
+            assert slot.exp_avg.dtype in (torch.float32, torch.bfloat16)
             assert slot.step.dtype == torch.float32
             assert slot.step.numel() == 1
         self._strides = [slot.param.stride() for slot in slots]
@@ -136,6 +126,7 @@ class NativeAdamW:
             num_layers=num_layers,
             params=[slot.param.data_ptr() for slot in slots],
             param_dtypes=[DTYPE_CODES[slot.param.dtype] for slot in slots],
+            moment_dtypes=[DTYPE_CODES[slot.exp_avg.dtype] for slot in slots],
             exp_avgs=[slot.exp_avg.data_ptr() for slot in slots],
             exp_avg_sqs=[slot.exp_avg_sq.data_ptr() for slot in slots],
             max_exp_avg_sqs=[
@@ -143,6 +134,8 @@ class NativeAdamW:
             ],
             steps=[slot.step.data_ptr() for slot in slots],
             groups=[slot.group for slot in slots],
+            tensor_ids=[slot.tensor for slot in slots],
+            first_elements=[slot.first_element for slot in slots],
         )
 
     def gather(self, grads: Sequence[Tensor | None]) -> NativeGrads:
@@ -181,8 +174,12 @@ class NativeAdamW:
         clip_coef: float,
         *,
         with_norms: bool,
+        rounding_seed: int | None,
     ) -> Tensor | None:
-        """Update what has a gradient; return the sums of squares by layer if asked."""
+        """Update what has a gradient; return the sums of squares by layer if asked.
+
+        With a seed, what is stored in bfloat16 is rounded stochastically, else to nearest.
+        """
         out = torch.empty(self._num_layers, dtype=torch.float64) if with_norms else None
         self._work.step(
             grads.addresses,
@@ -191,6 +188,7 @@ class NativeAdamW:
             list(scales),
             clip_coef,
             0 if out is None else out.data_ptr(),
+            None if rounding_seed is None else rounding_seed % 2**64,
             torch.get_num_threads(),
         )
         # Backward through what was changed in place is an error; autograd has to learn of it.

@@ -149,6 +149,7 @@ class StepWork:
         """A parameter with its state as backends take it, and which part it belongs to."""
         param, state, group = one.param, self._states[one.param], self._groups[one.group]
         name = parameter_name(group, one.group, one.position)
+        sharding.refuse_unsupported(param, name)  # FSDP1 may wrap after the optimizer was made
         dtype = moment_dtype(param, self._state_dtype)
         ours = sharding.local(param.detach())
         slot = ops.AdamWSlot(

@@ -4,6 +4,7 @@ Comparisons say what the worst element is. Nothing here knows LocalizedAdamW.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -99,10 +100,13 @@ def make_slot(
     step: float = 0.0,
     layer: int = 0,
     group: int = 0,
+    tensor: int = 0,
+    first_element: int = 0,
+    moment_dtype: torch.dtype | None = None,
     place=lambda moment: moment,
 ) -> ops.AdamWSlot:
     """A parameter with zero moments; `place` decides where each moment lies."""
-    wide = reference.compute_dtype(param.dtype)
+    wide = moment_dtype or reference.compute_dtype(param.dtype)
 
     def zeros() -> Tensor:
         return place(torch.zeros_like(param, dtype=wide))
@@ -115,7 +119,14 @@ def make_slot(
         torch.tensor(step, dtype=torch.float32),
         layer,
         group,
+        tensor,
+        first_element,
     )
+
+
+def copy_of(slot: ops.AdamWSlot) -> ops.AdamWSlot:
+    """The same values and strides in other memory."""
+    return dataclasses.replace(slot, **{k: t.clone() for k, t in tensors_of(slot).items()})
 
 
 def tensors_of(slot: ops.AdamWSlot) -> dict[str, Tensor]:

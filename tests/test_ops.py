@@ -215,6 +215,15 @@ def test_is_dense_against_the_set_of_addresses():
             assert ops.is_dense(tensor) is dense, (shape, strides)
 
 
+def adamw_work(**changes):
+    """A work of one tensor of four elements, with other arguments in place of some."""
+    names = ["params", "param_dtypes", "moment_dtypes", "exp_avgs", "exp_avg_sqs"]
+    names += ["max_exp_avg_sqs", "steps", "groups", "tensor_ids", "first_elements"]
+    return _C.AdamWWork(
+        **{"sizes": [4], "layers": [0], "num_layers": 1, **{name: [0] for name in names}, **changes}
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -225,12 +234,19 @@ def test_is_dense_against_the_set_of_addresses():
         (lambda: _C.NormWork([4], [0], 1).norm_sq([], [], 0, 1), "grads has 0 entries, expected 1"),
         (lambda: _C.NormWork([4], [0], 1).norm_sq([0], [7], 0, 1), "dtype code 7 is unknown"),
         (
-            lambda: _C.AdamWWork([4], [0], 1, [0], [0], [0], [0], [0], [], [0]),
+            lambda: adamw_work(steps=[]),
             "steps has 0 entries, expected 1",
         ),
+        (lambda: adamw_work(tensor_ids=[]), "tensor_ids has 0 entries, expected 1"),
+        (lambda: adamw_work(first_elements=[1, 2]), "first_elements has 2 entries, expected 1"),
+        (lambda: adamw_work(moment_dtypes=[]), "moment_dtypes has 0 entries, expected 1"),
         (
-            lambda: _C.AdamWWork([4], [0], 1, [0], [0], [0], [0], [0], [0], [3]).step(
-                [0], [0], [(1.0, 0.9, 0.9, 1.0, 0.0, False)], [1.0], 1.0, 0, 1
+            lambda: adamw_work(moment_dtypes=[2]),
+            "moments of tensor 0 are float16: float32 or bfloat16",
+        ),
+        (
+            lambda: adamw_work(groups=[3]).step(
+                [0], [0], [(1.0, 0.9, 0.9, 1.0, 0.0, False)], [1.0], 1.0, 0, None, 1
             ),
             "group 3 has no hyperparameters",
         ),

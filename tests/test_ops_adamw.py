@@ -40,7 +40,9 @@ def native_step(slots, grads, groups=GROUPS, scales=None, clip_coef=1.0, with_no
     num_layers = 1 + max(slot.layer for slot in slots)
     work = ops.NativeAdamW(slots, num_layers)
     scales = [1.0] * num_layers if scales is None else scales
-    return work.step(work.gather(grads), groups, scales, clip_coef, with_norms=with_norms)
+    return work.step(
+        work.gather(grads), groups, scales, clip_coef, with_norms=with_norms, rounding_seed=None
+    )
 
 
 def reference_step(slot, grad, groups=GROUPS, scale=1.0, clip_coef=1.0):

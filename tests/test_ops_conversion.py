@@ -19,7 +19,7 @@ def all_patterns(dtype: torch.dtype) -> torch.Tensor:
 def one_step(slots, grads, *, lr=0.0, beta1=0.9, beta2=0.99, weight_decay=0.0):
     work = ops.NativeAdamW(slots, 1)
     group = AdamWGroup(lr, beta1, beta2, 1e-8, weight_decay, maximize=False)
-    work.step(work.gather(grads), [group], [1.0], 1.0, with_norms=False)
+    work.step(work.gather(grads), [group], [1.0], 1.0, with_norms=False, rounding_seed=None)
 
 
 @HALVES

@@ -1,6 +1,8 @@
 // The AdamW step: scalars for each tensor, then every chunk through the kernel table.
 #include "adamw_step.h"
 
+#include <type_traits>
+
 #include "dispatch.h"
 #include "norms.h"
 #include "parallel.h"
@@ -32,32 +34,57 @@ std::vector<AdamWScalars> tensor_scalars(const Work& work, const AdamWTensors& t
   return scalars;
 }
 
+// Keys of the tensors that have a gradient; none at all without a seed.
+std::vector<RoundingKey> rounding_keys(const AdamWTensors& tensors, const Grads& grads,
+                                       std::optional<uint64_t> seed) {
+  std::vector<RoundingKey> keys(grads.data.size());
+  if (!seed.has_value()) return keys;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    if (grads.data[i] == nullptr) continue;
+    const auto step = static_cast<uint64_t>(*tensors.steps[i] + 1.0f);  // as it will be stored
+    keys[i] = rounding_key(*seed, step, static_cast<uint64_t>(tensors.tensor_ids[i]));
+  }
+  return keys;
+}
+
+// Address of an element of a tensor; null stays null.
+template <class Pointer>
+Pointer* element_at(Pointer* first, int64_t offset, DType dtype) {
+  using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
+  return first == nullptr ? nullptr : static_cast<Byte*>(first) + offset * dtype_bytes(dtype);
+}
+
 }  // namespace
 
 void adamw_step(Work& work, const AdamWTensors& tensors, const Grads& grads,
                 const std::vector<AdamWGroup>& groups, const std::vector<double>& scales,
-                double clip_coef, double* norm_sq_out, int num_threads) {
+                double clip_coef, double* norm_sq_out, std::optional<uint64_t> rounding_seed,
+                int num_threads) {
   const KernelTable& table = kernels();
   const bool with_norm = norm_sq_out != nullptr;
   const std::vector<AdamWScalars> scalars =
       tensor_scalars(work, tensors, grads, groups, scales, clip_coef);
+  const std::vector<RoundingKey> keys = rounding_keys(tensors, grads, rounding_seed);
   parallel_for(static_cast<int64_t>(work.chunks.size()), num_threads, [&](int64_t i) {
     const Chunk& at = work.chunks[i];
     const int32_t t = at.tensor;
     if (grads.data[t] == nullptr) return;
     const DType param_dtype = tensors.param_dtypes[t];
     const DType grad_dtype = grads.dtypes[t];
-    float* max_exp_avg_sq = tensors.max_exp_avg_sqs[t];
-    const AdamWChunk chunk = {
-        static_cast<char*>(tensors.params[t]) + at.offset * dtype_bytes(param_dtype),
-        static_cast<const char*>(grads.data[t]) + at.offset * dtype_bytes(grad_dtype),
-        tensors.exp_avgs[t] + at.offset,
-        tensors.exp_avg_sqs[t] + at.offset,
-        max_exp_avg_sq == nullptr ? nullptr : max_exp_avg_sq + at.offset,
-        at.size,
-        param_dtype,
-        grad_dtype,
-        scalars[t]};
+    const DType moment_dtype = tensors.moment_dtypes[t];
+    const AdamWChunk chunk = {element_at(tensors.params[t], at.offset, param_dtype),
+                              element_at(grads.data[t], at.offset, grad_dtype),
+                              element_at(tensors.exp_avgs[t], at.offset, moment_dtype),
+                              element_at(tensors.exp_avg_sqs[t], at.offset, moment_dtype),
+                              element_at(tensors.max_exp_avg_sqs[t], at.offset, moment_dtype),
+                              at.size,
+                              param_dtype,
+                              grad_dtype,
+                              moment_dtype,
+                              scalars[t],
+                              rounding_seed.has_value(),
+                              keys[t],
+                              static_cast<uint64_t>(tensors.first_elements[t] + at.offset)};
     work.partial[i] = table.adamw(chunk, with_norm);
   });
   for (size_t t = 0; t < work.num_tensors(); ++t) {

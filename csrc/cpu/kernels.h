@@ -6,19 +6,24 @@
 
 #include "../adamw.h"
 #include "../chunks.h"
+#include "../random.h"
 
 namespace gradloc::cpu {
 
 // One chunk of an AdamW step. Pointers are to the chunk's first element.
 struct AdamWChunk {
-  void* param;            // [size], param_dtype; read and written
-  const void* grad;       // [size], grad_dtype
-  float* exp_avg;         // [size]; read and written
-  float* exp_avg_sq;      // [size]; read and written
-  float* max_exp_avg_sq;  // [size], or null without amsgrad; read and written
-  int32_t size;           // elements
+  void* param;           // [size], param_dtype; read and written
+  const void* grad;      // [size], grad_dtype
+  void* exp_avg;         // [size], moment_dtype; read and written
+  void* exp_avg_sq;      // [size], moment_dtype; read and written
+  void* max_exp_avg_sq;  // [size], moment_dtype, or null without amsgrad; read and written
+  int32_t size;          // elements
   DType param_dtype, grad_dtype;
+  DType moment_dtype;  // kFloat32 or kBFloat16
   AdamWScalars scalars;
+  bool stochastic;         // how to round what is stored in bfloat16; else to nearest even
+  RoundingKey key;         // used when stochastic, as is the next
+  uint64_t first_element;  // position of the chunk's first element in the full tensor
 };
 
 struct KernelTable {

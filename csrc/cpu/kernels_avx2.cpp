@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../random.h"
+
 namespace gradloc::cpu {
 namespace {
 
@@ -35,6 +37,33 @@ inline __m256 maximum8(__m256 a, __m256 b) {
 }
 inline Vec16 maximum(Vec16 a, Vec16 b) { return {maximum8(a.lo, b.lo), maximum8(a.hi, b.hi)}; }
 
+struct Bits16 {
+  __m256i lo, hi;
+  Bits16(__m256i low, __m256i high) : lo(low), hi(high) {}
+  explicit Bits16(uint32_t value) : lo(_mm256_set1_epi32(static_cast<int>(value))), hi(lo) {}
+};
+
+inline Bits16 operator+(Bits16 a, Bits16 b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline Bits16 operator*(Bits16 a, Bits16 b) {
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+inline Bits16 operator^(Bits16 a, Bits16 b) {
+  return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+inline Bits16 operator&(Bits16 a, Bits16 b) {
+  return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+template <int kBits>
+inline Bits16 shift_right(Bits16 a) {
+  return {_mm256_srli_epi32(a.lo, kBits), _mm256_srli_epi32(a.hi, kBits)};
+}
+inline Bits16 load_bits(const uint32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+
 inline Vec16 load_float(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store_float(float* p, Vec16 a) {
   _mm256_storeu_ps(p, a.lo);
@@ -50,18 +79,22 @@ inline __m256 widen_bfloat16(__m128i half) {
 inline Vec16 load_bfloat16(const uint16_t* p) {
   return {widen_bfloat16(load_half(p)), widen_bfloat16(load_half(p + 8))};
 }
-// Round to nearest even; NaN becomes the quiet NaN 0x7FC0, as torch writes it.
-inline __m256i narrow_bfloat16(__m256 a) {
-  const __m256i bits = _mm256_castps_si256(a);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+// Vector twins of nearest_even_addend and cut_to_bfloat16 in random.h.
+inline __m256i nearest_addend8(__m256 a) {
+  const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  return _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+}
+inline Bits16 nearest_addend(Vec16 a) { return {nearest_addend8(a.lo), nearest_addend8(a.hi)}; }
+inline __m256i narrow_bfloat16(__m256 a, __m256i addend) {
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(a), addend), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
 }
-inline void store_bfloat16(uint16_t* p, Vec16 a) {
+inline void store_bfloat16(uint16_t* p, Vec16 a, Bits16 addend) {
   // packus works within 128-bit halves; the permutation puts the four quarters back in order.
-  const __m256i packed = _mm256_packus_epi32(narrow_bfloat16(a.lo), narrow_bfloat16(a.hi));
+  const __m256i packed =
+      _mm256_packus_epi32(narrow_bfloat16(a.lo, addend.lo), narrow_bfloat16(a.hi, addend.hi));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../random.h"
+
 namespace gradloc::cpu {
 namespace {
 
@@ -26,6 +28,22 @@ inline Vec16 maximum(Vec16 a, Vec16 b) {
   return Vec16(_mm512_mask_blend_ps(nan_a, _mm512_max_ps(a.v, b.v), a.v));
 }
 
+struct Bits16 {
+  __m512i v;
+  explicit Bits16(__m512i value) : v(value) {}
+  explicit Bits16(uint32_t value) : v(_mm512_set1_epi32(static_cast<int>(value))) {}
+};
+
+inline Bits16 operator+(Bits16 a, Bits16 b) { return Bits16(_mm512_add_epi32(a.v, b.v)); }
+inline Bits16 operator*(Bits16 a, Bits16 b) { return Bits16(_mm512_mullo_epi32(a.v, b.v)); }
+inline Bits16 operator^(Bits16 a, Bits16 b) { return Bits16(_mm512_xor_si512(a.v, b.v)); }
+inline Bits16 operator&(Bits16 a, Bits16 b) { return Bits16(_mm512_and_si512(a.v, b.v)); }
+template <int kBits>
+inline Bits16 shift_right(Bits16 a) {
+  return Bits16(_mm512_srli_epi32(a.v, kBits));
+}
+inline Bits16 load_bits(const uint32_t* p) { return Bits16(_mm512_loadu_si512(p)); }
+
 inline Vec16 load_float(const float* p) { return Vec16(_mm512_loadu_ps(p)); }
 inline void store_float(float* p, Vec16 a) { _mm512_storeu_ps(p, a.v); }
 
@@ -33,11 +51,14 @@ inline Vec16 load_bfloat16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return Vec16(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
 }
-// Round to nearest even; NaN becomes the quiet NaN 0x7FC0, as torch writes it.
-inline void store_bfloat16(uint16_t* p, Vec16 a) {
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+// Vector twins of nearest_even_addend and cut_to_bfloat16 in random.h.
+inline Bits16 nearest_addend(Vec16 a) {
+  const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  return Bits16(_mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+}
+inline void store_bfloat16(uint16_t* p, Vec16 a, Bits16 addend) {
+  __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(a.v), addend.v);
   rounded = _mm512_srli_epi32(rounded, 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   rounded = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7FC0));

@@ -9,10 +9,20 @@
 // turns off contraction.
 #pragma once
 
+#include "../random.h"
 #include "kernels.h"
 
 namespace gradloc::cpu {
 namespace {
+
+// Values of a store: for bfloat16 with what is added before they are cut, see random.h.
+struct Nearest {
+  Bits16 addend(Vec16 value) const { return nearest_addend(value); }
+};
+struct Random {
+  Bits16 bits;  // 16 random bits a lane
+  Bits16 addend(Vec16) const { return bits; }
+};
 
 // Reads and writes 16 elements, or the first n of a tail, of a tensor of type D.
 template <DType D>
@@ -24,9 +34,12 @@ struct Lanes {
     if constexpr (D == DType::kFloat16)
       return load_float16(static_cast<const uint16_t*>(base) + at);
   }
-  static void store(void* base, int64_t at, Vec16 value) {
+  // `rounding` is Nearest or Random, and matters to bfloat16 alone.
+  template <class R>
+  static void store(void* base, int64_t at, Vec16 value, [[maybe_unused]] const R& rounding) {
     if constexpr (D == DType::kFloat32) store_float(static_cast<float*>(base) + at, value);
-    if constexpr (D == DType::kBFloat16) store_bfloat16(static_cast<uint16_t*>(base) + at, value);
+    if constexpr (D == DType::kBFloat16)
+      store_bfloat16(static_cast<uint16_t*>(base) + at, value, rounding.addend(value));
     if constexpr (D == DType::kFloat16) store_float16(static_cast<uint16_t*>(base) + at, value);
   }
 
@@ -37,9 +50,10 @@ struct Lanes {
     for (int i = 0; i < n; ++i) buffer[i] = static_cast<const Element*>(base)[at + i];
     return load(buffer, 0);
   }
-  static void store_tail(void* base, int64_t at, int n, Vec16 value) {
+  template <class R>
+  static void store_tail(void* base, int64_t at, int n, Vec16 value, const R& rounding) {
     Element buffer[16];
-    store(buffer, 0, value);
+    store(buffer, 0, value, rounding);
     for (int i = 0; i < n; ++i) static_cast<Element*>(base)[at + i] = buffer[i];
   }
 };
@@ -113,76 +127,146 @@ double norm_sq_chunk(const void* grad, int32_t size) {
   return D == DType::kFloat32 ? norm_sq_wide<D>(grad, size) : norm_sq_half<D>(grad, size);
 }
 
-// `Full` groups of 16 use whole loads; the tail of the chunk goes through padded copies.
-template <DType P, DType G, bool kAmsgrad, bool kNorm>
-struct AdamWWalk {
-  const AdamWChunk& c;
-  SquareSum sum;
+// The random words of a chunk's elements, 16 at a time.
+class ChunkWords {
+ public:
+  explicit ChunkWords(const AdamWChunk& c)
+      : first_(c.first_element),
+        key_(c.key),
+        high_(static_cast<uint32_t>(first_ >> 32)),
+        // A chunk is far shorter than 2^32, so that the high word changes once at most.
+        terms_{high_term(c.key, high_), high_term(c.key, high_ + 1)} {}
 
-  void full(int32_t at, int k) {
-    Vec16 param = Lanes<P>::load(c.param, at);
-    const Vec16 grad = Lanes<G>::load(c.grad, at);
-    Vec16 exp_avg = load_float(c.exp_avg + at);
-    Vec16 exp_avg_sq = load_float(c.exp_avg_sq + at);
-    Vec16 max_sq = kAmsgrad ? load_float(c.max_exp_avg_sq + at) : Vec16(0.0f);
-    if constexpr (kNorm) sum.lanes[k].add_squares(grad);
-    adamw_element<kAmsgrad>(param, grad, exp_avg, exp_avg_sq, max_sq, c.scalars);
-    Lanes<P>::store(c.param, at, param);
-    store_float(c.exp_avg + at, exp_avg);
-    store_float(c.exp_avg_sq + at, exp_avg_sq);
-    if constexpr (kAmsgrad) store_float(c.max_exp_avg_sq + at, max_sq);
+  // First words of elements at .. at + 15 of the chunk.
+  Bits16 first(int32_t at) const {
+    const uint64_t position = first_ + static_cast<uint64_t>(at);
+    const auto low = static_cast<uint32_t>(position);
+    uint32_t lanes[16];
+    if (low > 0xFFFFFFF0u) {  // the high word changes within the 16: lane by lane
+      for (uint32_t i = 0; i < 16; ++i) lanes[i] = first_word(low + i, key_, term(position + i));
+      return load_bits(lanes);
+    }
+    for (uint32_t i = 0; i < 16; ++i) lanes[i] = i;
+    return first_word(load_bits(lanes) + Bits16(low), key_, term(position));
   }
 
-  void tail(int32_t at, int n, int k) {
-    using M = Lanes<DType::kFloat32>;
-    Vec16 param = Lanes<P>::load_tail(c.param, at, n);
-    const Vec16 grad = Lanes<G>::load_tail(c.grad, at, n);
-    Vec16 exp_avg = M::load_tail(c.exp_avg, at, n);
-    Vec16 exp_avg_sq = M::load_tail(c.exp_avg_sq, at, n);
-    Vec16 max_sq = kAmsgrad ? M::load_tail(c.max_exp_avg_sq, at, n) : Vec16(0.0f);
+ private:
+  uint32_t term(uint64_t position) const {
+    return terms_[static_cast<uint32_t>(position >> 32) != high_];
+  }
+
+  uint64_t first_;
+  RoundingKey key_;
+  uint32_t high_;
+  uint32_t terms_[2];
+};
+
+struct NoWords {
+  explicit NoWords(const AdamWChunk&) {}
+};
+
+// Groups of 16 use whole loads; the tail of the chunk goes through padded copies.
+template <DType P, DType G, DType M, bool kStochastic, bool kAmsgrad, bool kNorm>
+struct AdamWWalk {
+  const AdamWChunk& c;
+  std::conditional_t<kStochastic, ChunkWords, NoWords> words;
+  SquareSum sum;
+
+  explicit AdamWWalk(const AdamWChunk& chunk) : c(chunk), words(chunk) {}
+
+  template <bool kTail, DType D>
+  static Vec16 load(const void* base, int32_t at, int n) {
+    if constexpr (kTail) return Lanes<D>::load_tail(base, at, n);
+    return Lanes<D>::load(base, at);
+  }
+  template <bool kTail, DType D, class R>
+  static void store(void* base, int32_t at, int n, Vec16 value, const R& rounding) {
+    if constexpr (kTail) {
+      Lanes<D>::store_tail(base, at, n, value, rounding);
+    } else {
+      Lanes<D>::store(base, at, value, rounding);
+    }
+  }
+
+  // n elements from `at`: 16, or fewer in the tail. k: which of the four sums takes their squares.
+  template <bool kTail>
+  void group(int32_t at, int n, int k) {
+    Vec16 param = load<kTail, P>(c.param, at, n);
+    const Vec16 grad = load<kTail, G>(c.grad, at, n);
+    Vec16 exp_avg = load<kTail, M>(c.exp_avg, at, n);
+    Vec16 exp_avg_sq = load<kTail, M>(c.exp_avg_sq, at, n);
+    Vec16 max_sq(0.0f);
+    if constexpr (kAmsgrad) max_sq = load<kTail, M>(c.max_exp_avg_sq, at, n);
     if constexpr (kNorm) sum.lanes[k].add_squares(grad);
     adamw_element<kAmsgrad>(param, grad, exp_avg, exp_avg_sq, max_sq, c.scalars);
-    Lanes<P>::store_tail(c.param, at, n, param);
-    M::store_tail(c.exp_avg, at, n, exp_avg);
-    M::store_tail(c.exp_avg_sq, at, n, exp_avg_sq);
-    if constexpr (kAmsgrad) M::store_tail(c.max_exp_avg_sq, at, n, max_sq);
+    if constexpr (kStochastic) {
+      const Bits16 first = words.first(at), kLow(0xFFFFu);
+      store<kTail, P>(c.param, at, n, param, Random{first & kLow});
+      store<kTail, M>(c.exp_avg, at, n, exp_avg, Random{shift_right<16>(first)});
+      if constexpr (M == DType::kBFloat16) {
+        const Bits16 second = second_word(first);
+        store<kTail, M>(c.exp_avg_sq, at, n, exp_avg_sq, Random{second & kLow});
+        if constexpr (kAmsgrad)
+          store<kTail, M>(c.max_exp_avg_sq, at, n, max_sq, Random{shift_right<16>(second)});
+        return;
+      }
+    } else {
+      store<kTail, P>(c.param, at, n, param, Nearest{});
+      store<kTail, M>(c.exp_avg, at, n, exp_avg, Nearest{});
+    }
+    store<kTail, M>(c.exp_avg_sq, at, n, exp_avg_sq, Nearest{});
+    if constexpr (kAmsgrad) store<kTail, M>(c.max_exp_avg_sq, at, n, max_sq, Nearest{});
   }
 
   double run() {
     int32_t at = 0;
     for (; at + 64 <= c.size; at += 64) {
-      for (int k = 0; k < 4; ++k) full(at + 16 * k, k);
+      for (int k = 0; k < 4; ++k) group<false>(at + 16 * k, 16, k);
     }
     for (int k = 0; at < c.size; at += 16, ++k) {
       if (at + 16 <= c.size) {
-        full(at, k);
+        group<false>(at, 16, k);
       } else {
-        tail(at, c.size - at, k);
+        group<true>(at, c.size - at, k);
       }
     }
     return kNorm ? sum.total() : 0.0;
   }
 };
 
-template <DType P, DType G>
-double adamw_chunk(const AdamWChunk& c, bool with_norm) {
+template <DType P, DType G, DType M, bool kStochastic>
+double adamw_rounded(const AdamWChunk& c, bool with_norm) {
   if (c.max_exp_avg_sq != nullptr) {
-    return with_norm ? AdamWWalk<P, G, true, true>{c, {}}.run()
-                     : AdamWWalk<P, G, true, false>{c, {}}.run();
+    return with_norm ? AdamWWalk<P, G, M, kStochastic, true, true>(c).run()
+                     : AdamWWalk<P, G, M, kStochastic, true, false>(c).run();
   }
-  return with_norm ? AdamWWalk<P, G, false, true>{c, {}}.run()
-                   : AdamWWalk<P, G, false, false>{c, {}}.run();
+  return with_norm ? AdamWWalk<P, G, M, kStochastic, false, true>(c).run()
+                   : AdamWWalk<P, G, M, kStochastic, false, false>(c).run();
+}
+
+template <DType P, DType G, DType M>
+double adamw_chunk(const AdamWChunk& c, bool with_norm) {
+  if constexpr (P == DType::kBFloat16 || M == DType::kBFloat16) {
+    if (c.stochastic) return adamw_rounded<P, G, M, true>(c, with_norm);
+  }
+  return adamw_rounded<P, G, M, false>(c, with_norm);
+}
+
+template <DType P, DType G>
+double adamw_by_moment(const AdamWChunk& c, bool with_norm) {
+  return c.moment_dtype == DType::kFloat32 ? adamw_chunk<P, G, DType::kFloat32>(c, with_norm)
+                                           : adamw_chunk<P, G, DType::kBFloat16>(c, with_norm);
 }
 
 template <DType P>
 double adamw_by_grad(const AdamWChunk& c, bool with_norm) {
   switch (c.grad_dtype) {
     case DType::kFloat32:
-      return adamw_chunk<P, DType::kFloat32>(c, with_norm);
+      return adamw_by_moment<P, DType::kFloat32>(c, with_norm);
     case DType::kBFloat16:
-      return adamw_chunk<P, DType::kBFloat16>(c, with_norm);
+      return adamw_by_moment<P, DType::kBFloat16>(c, with_norm);
     default:
-      return adamw_chunk<P, DType::kFloat16>(c, with_norm);
+      return adamw_by_moment<P, DType::kFloat16>(c, with_norm);
   }
 }
 

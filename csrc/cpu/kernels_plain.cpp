@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../random.h"
+
 namespace gradloc::cpu {
 namespace {
 
@@ -53,11 +55,40 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-// Round to nearest even; NaN becomes the quiet NaN 0x7FC0, as torch writes it.
-inline uint16_t to_bfloat16(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + ((bits >> 16) & 1u) + 0x7FFFu) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+struct Bits16 {
+  uint32_t v[16];
+  Bits16() = default;
+  explicit Bits16(uint32_t value) {
+    for (uint32_t& lane : v) lane = value;
+  }
+};
+
+template <class Op>
+inline Bits16 each(Bits16 a, Bits16 b, Op op) {
+  for (int i = 0; i < 16; ++i) a.v[i] = op(a.v[i], b.v[i]);
+  return a;
+}
+inline Bits16 operator+(Bits16 a, Bits16 b) {
+  return each(a, b, [](uint32_t x, uint32_t y) { return x + y; });
+}
+inline Bits16 operator*(Bits16 a, Bits16 b) {
+  return each(a, b, [](uint32_t x, uint32_t y) { return x * y; });
+}
+inline Bits16 operator^(Bits16 a, Bits16 b) {
+  return each(a, b, [](uint32_t x, uint32_t y) { return x ^ y; });
+}
+inline Bits16 operator&(Bits16 a, Bits16 b) {
+  return each(a, b, [](uint32_t x, uint32_t y) { return x & y; });
+}
+template <int kBits>
+inline Bits16 shift_right(Bits16 a) {
+  for (uint32_t& lane : a.v) lane >>= kBits;
+  return a;
+}
+inline Bits16 load_bits(const uint32_t* p) {
+  Bits16 a;
+  std::memcpy(a.v, p, sizeof a.v);
+  return a;
 }
 
 // Scaling by 2^112 moves float16's exponent bias to float32's and normalises subnormals in one
@@ -102,8 +133,13 @@ inline Vec16 load_bfloat16(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) a.v[i] = float_of(static_cast<uint32_t>(p[i]) << 16);
   return a;
 }
-inline void store_bfloat16(uint16_t* p, const Vec16& a) {
-  for (int i = 0; i < 16; ++i) p[i] = to_bfloat16(a.v[i]);
+inline Bits16 nearest_addend(const Vec16& a) {
+  Bits16 addend;
+  for (int i = 0; i < 16; ++i) addend.v[i] = nearest_even_addend(bits_of(a.v[i]));
+  return addend;
+}
+inline void store_bfloat16(uint16_t* p, const Vec16& a, const Bits16& addend) {
+  for (int i = 0; i < 16; ++i) p[i] = cut_to_bfloat16(bits_of(a.v[i]), addend.v[i]);
 }
 inline Vec16 load_float16(const uint16_t* p) {
   Vec16 a;
