@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -237,6 +238,10 @@ class PlannedSteps(torch.optim.Optimizer):
             if param.grad is not None:
                 release.release(param)
         norm_sqs, measured = release.finish_step()
+        self._watch()  # Accelerate may have exchanged the parameters since the optimizer was made
+        works = (work for _, work in self._single.values())
+        if not all(work.is_over(self.param_groups, self.state) for work in islice(works, 1)):
+            self._single = {}
         self._prove(None, measured)
         self._norms.record(norm_sqs, measured, 1.0)
         if not self._said:

@@ -70,6 +70,10 @@ class StepWork:
         self._num_layers = num_layers
         self._state_dtype = state_dtype
         self._rounding = rounding
+        self._params = _ids(groups)
+        # Plain tensors, the common case, are not asked in every step whether they are sharded.
+        sharded = any(sharding.is_sharded(one.param) for one in self.active)
+        self._local = sharding.local if sharded else _itself
         self._fresh: list[Tensor] = []  # parameters whose state was made by the last `gather`
         self._key: list[Any] | None = None
         self._parts: list[Part] = []
@@ -77,8 +81,11 @@ class StepWork:
     def is_over(
         self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, dict[str, Any]]
     ) -> bool:
-        """Whether these are still the optimizer's groups and state: both may be assigned to."""
-        return self._groups is groups and self._states is states
+        """Whether these are still the optimizer's groups, parameters and state.
+
+        All of them may be assigned to: Accelerate exchanges the parameters after sharding.
+        """
+        return self._groups is groups and self._states is states and self._params == _ids(groups)
 
     def gather(self) -> list[tuple[Part, Any]]:
         """Check the gradients, make missing state, and give each backend its gradients.
@@ -172,11 +179,20 @@ class StepWork:
         for one in self.active:
             # Addresses and not objects: a tensor may get other memory in place (share_memory_,
             # .data).
-            ours = sharding.local(one.param)
+            ours = self._local(one.param)
             state = self._states.get(one.param, {})
-            key.append((ours.shape, ours.stride(), ours.data_ptr(), *map(_address, state.values())))
+            key.append(
+                (ours.shape, ours.stride(), ours.data_ptr(), *map(self._address, state.values()))
+            )
         return key
 
+    def _address(self, value: Any) -> int | None:
+        return self._local(value).data_ptr() if isinstance(value, Tensor) else None
 
-def _address(value: Any) -> int | None:
-    return sharding.local(value).data_ptr() if isinstance(value, Tensor) else None
+
+def _ids(groups: Sequence[dict[str, Any]]) -> list[int]:
+    return [id(param) for group in groups for param in group["params"]]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -30,7 +30,8 @@ def blocks(language: str) -> list[str]:
 def test_the_python_runs_as_it_stands(tmp_path: Path) -> None:
     code = "\n".join(blocks("python"))
     # The last block defines a policy; use it as the text says one can.
-    code += "\nassert len(attention_only(profile).active) == 4\noptimizer.step()\n"
+    code += "\nassert len(attention_only(profile).active) == 4\n"
+    code += "model(**reference[0]).loss.backward()\noptimizer.step()\n"
     code += "print(layers, profile.table(), plan, sep='\\n')\nprofile.plot('profile.png')\n"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
