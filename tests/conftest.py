@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ def _seed():
 
     random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much of PyTorch's own optimizer tests was run (test_torch_optimizer_suite*.py)."""
+    suite = sys.modules.get("torch_suite")
+    if suite is None:
+        return
+    counts = {
+        outcome: sum(
+            "test_torch_optimizer_suite" in report.nodeid
+            for report in terminalreporter.stats.get(outcome, [])
+        )
+        for outcome in ("passed", "failed", "skipped")
+    }
+    if any(counts.values()):
+        terminalreporter.write_line(
+            f"torch optimizer suite: {counts['passed'] + counts['failed']} tests in "
+            f"{suite.COUNT['cases']} cases of options and backend, {counts['failed']} failed, "
+            f"{counts['skipped']} skipped"
+        )
 
 
 @pytest.fixture(params=["avx512", "avx2", "plain"])

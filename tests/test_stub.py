@@ -56,6 +56,7 @@ def kind(annotation: str) -> str:
     """The type without the spelling that differs between pybind11 versions."""
     text = annotation.replace("collections.abc.", "").replace("typing.", "")
     text = re.sub(r"Supports(Int|Float|Index)( \| Supports\w+)*", lambda m: m[1].lower(), text)
+    text = re.sub(r"Optional\[(\w+)\]", r"\1 | None", text)
     text = text.replace("index", "int").replace("list[", "Sequence[").replace("tuple[", "Tuple[")
     return text.replace("Tuple", "tuple").replace(" ", "")
 
@@ -89,6 +90,7 @@ def test_the_reader_of_docstrings():
         ("a", "list[tuple[int, float]]"),
         ("b", "typing.SupportsInt"),
     ]
+    assert kind("Optional[int]") == kind("typing.SupportsInt | None") == "int|None"
     assert kind("collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]") == (
         "Sequence[int]"
     )
