@@ -4,7 +4,8 @@ Bytes that must move for an active element: the gradient once for the clip norm;
 parameter and two moments read, parameter and moments written. float32: 4 + 4 + 3·8 = 32 bytes. A
 frozen element: 0. torch writes the clipped gradients back, 8 bytes more; its moments have the
 parameters' dtype, so that in bfloat16 it moves 8 bytes an element less than we do, with less
-precision. torch at a share gets only the active parameters.
+precision. torch at a share gets only the active parameters. In bfloat16 there are also steps with
+stochastic rounding, with bfloat16 moments, and with both.
 
     python bench/adamw.py --json bench/results/adamw-cpu.json
 """
@@ -77,6 +78,19 @@ def run(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
     unclipped = LocalizedAdamW(named, **OPTIONS)
     unclipped.state = state
     add("gradloc step, no clip @ 100%", 1.0, moved, unclipped.step)
+    if dtype == torch.bfloat16:
+        half: dict[str, Any] = {"state_dtype": torch.bfloat16}
+        for what, options in {
+            "stochastic rounding": {"stochastic_rounding": True},
+            "bfloat16 moments": half,
+            "both": {**half, "stochastic_rounding": True},
+        }.items():
+            optimizer = LocalizedAdamW(named, **OPTIONS, **options)
+            if "state_dtype" not in options:
+                optimizer.state = state
+            moment = 2 if "state_dtype" in options else 4
+            count = total * bytes_an_element(width, moment, ours=True, clip=False)
+            add(f"gradloc step, no clip, {what} @ 100%", 1.0, count, optimizer.step)
     source = torch.randn(moved // 8)
     target = torch.empty_like(source)
     add("copy of gradloc's step bytes @ 100%", 1.0, moved, lambda: target.copy_(source))
