@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from gradloc import ops, reference
+from gradloc import ops, reference, sharding
 from gradloc.layers import LayerMap
 
 
@@ -15,7 +15,8 @@ def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
     """2-norm of each layer's gradient: `N_l = sqrt(sum over its tensors and elements of g²)`.
 
     Sums are accumulated in float64, so that neither float16 gradients overflow nor small layers
-    vanish. The same bits come out for any number of threads.
+    vanish. The same bits come out for any number of threads. Of sharded models (FSDP2) the norms
+    are those of the whole layers on every rank, whatever the sharding; every rank has to call it.
 
     Args:
         model: the model whose parameters have gradients; a gradient that is None counts as 0.
@@ -26,20 +27,42 @@ def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
 
     Raises:
         ValueError: the layers are those of another model; a gradient is sparse or complex;
-            gradients lie on several devices.
+            gradients lie on several devices; a gradient is a DTensor and its parameter is not.
     """
     found = layers.parameters(model)
-    grads = [parameter.grad for _, parameter, _ in found]
-    ids = [layer for _, _, layer in found]
     check_measurable(
         (f"the gradient of parameter {name!r}", parameter.grad)
         for name, parameter, _ in found
         if parameter.grad is not None
     )
+    # By the ranks to add over. Parameters without a gradient count too: all ranks then add over the
+    # same ranks in the same order, even if a gradient is missing on some.
+    parts: dict[sharding.Reduction | None, list[tuple[Tensor | None, int]]] = {}
+    device = torch.device("cpu")
+    for _, parameter, layer in found:
+        grad = parameter.grad
+        if grad is not None:
+            grad = sharding.local_grad(grad, parameter)
+        part = parts.setdefault(sharding.reduction(parameter), [])
+        part.append((grad, layer))
+        device = parameter.device if grad is not None or sharding.is_sharded(parameter) else device
+    total = None
+    for reduction, part in parts.items():
+        norm_sq = _norm_sq(part, len(layers)).to(device)
+        if reduction is not None:
+            reduction.sum_(norm_sq)
+        total = norm_sq if total is None else total + norm_sq
+    assert total is not None
+    return total.sqrt().float()
+
+
+def _norm_sq(part: Sequence[tuple[Tensor | None, int]], num_layers: int) -> Tensor:
+    """Sums of squares by layer of plain gradients, float64 [num_layers] on their device."""
+    grads, ids = [grad for grad, _ in part], [layer for _, layer in part]
     if all(grad is None or ops.runs_natively(grad) for grad in grads):
         sizes = [0 if grad is None else grad.numel() for grad in grads]
-        return ops.NativeNorms(sizes, ids, len(layers)).norm_sq(grads).sqrt().float()
-    return reference.layer_norm_sq(grads, ids, len(layers)).sqrt().float()
+        return ops.NativeNorms(sizes, ids, num_layers).norm_sq(grads)
+    return reference.layer_norm_sq(grads, ids, num_layers)
 
 
 def check_measurable(tensors: Iterable[tuple[str, Tensor]]) -> None:
