@@ -1,4 +1,4 @@
-"""The command line: `gradloc demo | trace | train | evaluate | doctor`.
+"""The command line: `gradloc demo | trace | select | train | evaluate | export | doctor`.
 
 Parses arguments, calls the package, prints. What a command does is in the module named after it;
 heavy libraries are imported when a command runs, so that `--help` is quick.
@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gradloc.cli import demo, doctor, evaluate, trace, train
+from gradloc.cli import demo, doctor, evaluate, export, select, trace, train
 
-_COMMANDS = (demo, trace, train, evaluate, doctor)
+_COMMANDS = (demo, trace, select, train, evaluate, export, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,16 +11,26 @@ import logging
 import random
 import re
 import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+    from gradloc.policies import Policy
     from gradloc.probes import Probe
 
 _KIND = re.compile(r"([A-Za-z][\w.-]*)=(.+)")
 _LONGEST = 512
+# Which policies read an option that `add_policy_options` or --reference-loss adds.
+POLICY_OWNERS = {
+    "threshold": ("freeze",),
+    "normaliser": ("scale",),
+    "random_layers": ("random",),
+    **dict.fromkeys(("kinds", "reference_loss"), ("freeze", "scale")),
+}
 
 
 def add_command(
@@ -99,6 +109,72 @@ def add_text_format(parser: Any) -> None:
     )
 
 
+def add_policy_options(group: Any) -> None:
+    """--threshold, --normaliser, --random-layers and --kinds; --policy is each command's own."""
+    group.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="T",
+        help="of freeze: mean, quantile:0.5, top-k:8, or a number (default: mean)",
+    )
+    group.add_argument(
+        "--normaliser", choices=("mean", "max"), help="of scale: what counts as 1 (default: mean)"
+    )
+    group.add_argument(
+        "--random-layers", type=int, metavar="N", help="of random: how many (default: half)"
+    )
+    group.add_argument("--kinds", nargs="+", metavar="KIND", help="use these kinds of probes only")
+
+
+def remember_defaults(parser: argparse.ArgumentParser, options: Iterable[str]) -> None:
+    """Keep the defaults of these options (as attributes), for `given`."""
+    parser.set_defaults(untouched={name: parser.get_default(name) for name in options})
+
+
+def given(arguments: argparse.Namespace, options: Iterable[str]) -> list[str]:
+    """Flags of the options that are not at their defaults."""
+    return [
+        "--" + option.replace("_", "-")
+        for option in options
+        if getattr(arguments, option) != arguments.untouched[option]
+    ]
+
+
+def check_owners(
+    arguments: argparse.Namespace, policy: str, owners: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Refuse options that the policy does not read: ignoring them would be a silent surprise.
+
+    Raises:
+        ValueError: names the first such option and the policies that read it.
+    """
+    for option, readers in owners.items():
+        for flag in given(arguments, [option]):
+            if policy not in readers:
+                raise ValueError(f"{flag} is for --policy {' or '.join(readers)}, not {policy}")
+
+
+def make_policy(arguments: argparse.Namespace, name: str) -> Policy:
+    """The policy of this name with the options that were given.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    from gradloc.policies import AllLayers, RandomLayers, TracedGradientPolicy
+
+    if name == "all":
+        return AllLayers()
+    if name == "random":
+        return RandomLayers(count=arguments.random_layers, seed=arguments.seed)
+    return TracedGradientPolicy(
+        mode=name,
+        threshold="mean" if arguments.threshold is None else arguments.threshold,
+        normaliser=arguments.normaliser or "mean",
+        reference_loss=arguments.reference_loss,
+        kinds=arguments.kinds,
+    )
+
+
 def add_positive(parser: Any, flag: str, default: int, what: str) -> None:
     """A whole number of at least 1."""
     parser.add_argument(
@@ -120,6 +196,40 @@ def load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     if arguments.device == "auto" and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer
+
+
+def load_outline(name: str) -> torch.nn.Module:
+    """The model's modules, parameter names and shapes, in float32 as `load` gives them.
+
+    Made from its configuration on the meta device, which reads no weights. Where that cannot be
+    done the model is loaded.
+
+    Raises:
+        OSError, ValueError: as `gradloc.models.load_model`.
+    """
+    import torch
+    import transformers
+
+    from gradloc.models import load_model
+    from gradloc.training.model_guard import without_saving_bars
+
+    _drop_loss_type_warning()
+    path = Path(name).expanduser()
+    gguf = path.suffix.lower() == ".gguf"
+    with without_saving_bars():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                str(path.parent) if gguf else str(path) if path.is_dir() else name,
+                **({"gguf_file": path.name} if gguf else {}),
+            )
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.simplefilter("ignore")  # advice for generating text
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            outline: torch.nn.Module = model.float()
+            return outline
+        except Exception:  # of any kind, for a broken file or a model that needs real weights
+            print(f"loading {name}", file=sys.stderr)
+            return load_model(name)[0]
 
 
 def _drop_loss_type_warning() -> None:
@@ -197,3 +307,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _threshold(text: str) -> Any:
+    """What `TracedGradientPolicy` takes; it checks the ranges."""
+    name, colon, value = text.replace("_", "-").partition(":")
+    try:
+        if text == "mean":
+            return "mean"
+        if name == "quantile" and colon:
+            return ("quantile", float(value))
+        if name == "top-k" and colon:
+            return ("top_k", int(value))
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of mean, quantile:0.5, top-k:8, or a number such as 1.2"
+        ) from None

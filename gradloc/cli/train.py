@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +17,7 @@ from gradloc.cli.trace import add_granularity, add_tracing, tracing_batches
 if TYPE_CHECKING:
     from gradloc.layers import LayerMap
     from gradloc.policies import Policy
+    from gradloc.training.corpus import PackedCorpus
     from gradloc.training.train import Tracing, TrainResult
 
 _EXAMPLE = """\
@@ -28,11 +33,9 @@ _TRACING = (
 )
 # Which policies read an option.
 _OWNERS = {
-    "threshold": ("freeze",),
-    "normaliser": ("scale",),
-    "random_layers": ("random",),
+    **shared.POLICY_OWNERS,
     "retrace_every": ("freeze", "scale", "random"),
-    **dict.fromkeys(("kinds", "profile", *_TRACING, "reference_loss"), ("freeze", "scale")),
+    **dict.fromkeys(("profile", *_TRACING), ("freeze", "scale")),
 }
 
 
@@ -65,7 +68,7 @@ def add_parser(commands: Any) -> None:
     shared.add_positive(tracing, "--trace-batch-size", 8, "sequences a pass")
     shared.add_text_format(parser)
     _add_settings(parser.add_argument_group("training"))
-    parser.set_defaults(untouched={name: parser.get_default(name) for name in _OWNERS})
+    shared.remember_defaults(parser, _OWNERS)
 
 
 def _add_choice(group: Any) -> None:
@@ -78,19 +81,7 @@ def _add_choice(group: Any) -> None:
         "rates in proportion to it; all: every layer; random: a control (default: freeze, if there "
         "is a profile or something to trace)",
     )
-    group.add_argument(
-        "--threshold",
-        type=_threshold,
-        metavar="T",
-        help="of freeze: mean, quantile:0.5, top-k:8, or a number (default: mean)",
-    )
-    group.add_argument(
-        "--normaliser", choices=("mean", "max"), help="of scale: what counts as 1 (default: mean)"
-    )
-    group.add_argument(
-        "--random-layers", type=int, metavar="N", help="of random: how many (default: half)"
-    )
-    group.add_argument("--kinds", nargs="+", metavar="KIND", help="use these kinds of probes only")
+    shared.add_policy_options(group)
     group.add_argument(
         "--retrace-every", type=int, metavar="STEPS", help="choose again every so many steps"
     )
@@ -123,6 +114,21 @@ def _add_settings(group: Any) -> None:
         "--keep-gradients",
         action="store_true",
         help="compute gradients of frozen layers too (costs time and memory; same result)",
+    )
+    group.add_argument(
+        "--on-freeze",
+        choices=("keep", "offload", "drop"),
+        default="keep",
+        help="moments of a layer that freezes: keep them, move them off the device, or drop them "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--state-dtype", choices=("float32", "bfloat16"), help="of the moments (default: float32)"
+    )
+    group.add_argument(
+        "--stochastic-rounding",
+        action="store_true",
+        help="round what is stored in bfloat16 stochastically, so that small updates are not lost",
     )
     number("--save-steps", int, 500, "steps between checkpoints")
     number("--keep-checkpoints", int, 2, "how many to keep, at least 2")
@@ -159,6 +165,9 @@ def run(arguments: argparse.Namespace) -> int:
         bf16=arguments.bf16,
         seed=arguments.seed,
         freeze_requires_grad=not arguments.keep_gradients,
+        on_freeze=arguments.on_freeze,
+        state_dtype=arguments.state_dtype,
+        stochastic_rounding=arguments.stochastic_rounding,
         save_steps=arguments.save_steps,
         save_total_limit=arguments.keep_checkpoints,
         logging_steps=arguments.logging_steps,
@@ -187,30 +196,31 @@ def run(arguments: argparse.Namespace) -> int:
         text_field=arguments.text_field,
         documents=arguments.documents,
     )
-    print(
-        f"corpus: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens in "
-        f"{len(corpus.dataset):,} blocks ({corpus.num_dropped_tokens} tokens at the end dropped)"
-    )
-    result = train(
-        model,
-        tokenizer,
-        corpus.dataset,
-        config,
-        layers=layers,
-        plan=plan,
-        policy=policy,
-        profile=profile,
-        tracing=_tracing(arguments, probes, model, tokenizer),
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        about={
-            "model": arguments.model,
-            "corpus": [str(path) for path in arguments.corpus],
-            "num_documents": corpus.num_documents,
-            "num_tokens": corpus.num_tokens,
-        },
-    )
-    _report(result, layers)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun: the others would say the same
+    if first:
+        _report_corpus(corpus)
+    with _showing_plan_changes(shown=first and not arguments.quiet):
+        result = train(
+            model,
+            tokenizer,
+            corpus.dataset,
+            config,
+            layers=layers,
+            plan=plan,
+            policy=policy,
+            profile=profile,
+            tracing=_tracing(arguments, probes, model, tokenizer),
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            about={
+                "model": arguments.model,
+                "corpus": [str(path) for path in arguments.corpus],
+                "num_documents": corpus.num_documents,
+                "num_tokens": corpus.num_tokens,
+            },
+        )
+    if first:
+        _report(result, layers)
     return 0
 
 
@@ -220,11 +230,11 @@ def read_policy(arguments: argparse.Namespace) -> Policy | None:
     Raises:
         ValueError: arguments that contradict one another, or nothing says what to train.
     """
-    from gradloc.policies import AllLayers, RandomLayers, Retrace, TracedGradientPolicy
+    from gradloc.policies import Retrace
 
     name = arguments.policy
     if arguments.plan is not None:
-        ignored = _given(arguments, _OWNERS)
+        ignored = shared.given(arguments, _OWNERS)
         if name or ignored:
             flags = " and ".join(["--policy"] * bool(name) + ignored)
             raise ValueError(f"--plan says what trains, so {flags} cannot: drop one")
@@ -236,16 +246,11 @@ def read_policy(arguments: argparse.Namespace) -> Policy | None:
                 "--plan, or --policy all"
             )
         name = "freeze"
-    # An option that nothing reads would be a silent surprise.
-    for option in _OWNERS:
-        for flag in _given(arguments, [option]):
-            if name not in _OWNERS[option]:
-                owners = " or ".join(_OWNERS[option])
-                raise ValueError(f"{flag} is for --policy {owners}, not {name}")
+    shared.check_owners(arguments, name, _OWNERS)
     if arguments.profile is not None and arguments.retrace_every is None:
         if arguments.probes:
             raise ValueError("--profile and --probes: give the profile, or the probes to trace one")
-        if ignored := _given(arguments, _TRACING):
+        if ignored := shared.given(arguments, _TRACING):
             raise ValueError(
                 f"{' and '.join(ignored)}: --profile is traced already, so nothing reads this: "
                 "leave it out"
@@ -257,31 +262,10 @@ def read_policy(arguments: argparse.Namespace) -> Policy | None:
             "--retrace-every traces again during the run: give --probes and --reference beside "
             "--profile, or leave --retrace-every out"
         )
-    policy: Policy
-    if name == "all":
-        policy = AllLayers()
-    elif name == "random":
-        policy = RandomLayers(count=arguments.random_layers, seed=arguments.seed)
-    else:
-        if arguments.profile is None and not arguments.probes:
-            raise ValueError(f"--policy {name} needs --profile, or --probes and --reference")
-        policy = TracedGradientPolicy(
-            mode=name,
-            threshold="mean" if arguments.threshold is None else arguments.threshold,
-            normaliser=arguments.normaliser or "mean",
-            reference_loss=arguments.reference_loss,
-            kinds=arguments.kinds,
-        )
+    if name in ("freeze", "scale") and arguments.profile is None and not arguments.probes:
+        raise ValueError(f"--policy {name} needs --profile, or --probes and --reference")
+    policy = shared.make_policy(arguments, name)
     return policy if arguments.retrace_every is None else Retrace(policy, arguments.retrace_every)
-
-
-def _given(arguments: argparse.Namespace, options: Iterable[str]) -> list[str]:
-    """Flags of the options that are not at their defaults."""
-    return [
-        "--" + option.replace("_", "-")
-        for option in options
-        if getattr(arguments, option) != arguments.untouched[option]
-    ]
 
 
 def _tracing(
@@ -297,21 +281,35 @@ def _tracing(
     return Tracing(batches, reference, arguments.reference_loss)
 
 
-def _threshold(text: str) -> Any:
-    """What `TracedGradientPolicy` takes; it checks the ranges."""
-    name, colon, value = text.partition(":")
+@contextmanager
+def _showing_plan_changes(*, shown: bool) -> Iterator[None]:
+    """Print on stderr what the package logs: a line for each plan that comes into force."""
+    from tqdm.auto import tqdm
+
+    class AboveTheBar(logging.Handler):
+        """A line of its own, where a plain handler would write into Trainer's progress bar."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    logger = logging.getLogger("gradloc")
+    before = logger.level
+    handler = AboveTheBar()
+    handler.setFormatter(logging.Formatter("gradloc: %(message)s"))
+    logger.setLevel(logging.INFO if shown else logging.WARNING)
+    logger.addHandler(handler)
     try:
-        if text == "mean":
-            return "mean"
-        if name == "quantile" and colon:
-            return ("quantile", float(value))
-        if name == "top-k" and colon:
-            return ("top_k", int(value))
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is none of mean, quantile:0.5, top-k:8, or a number such as 1.2"
-        ) from None
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _report_corpus(corpus: PackedCorpus) -> None:
+    print(
+        f"corpus: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens in "
+        f"{len(corpus.dataset):,} blocks ({corpus.num_dropped_tokens} tokens at the end dropped)"
+    )
 
 
 def _report(result: TrainResult, layers: LayerMap) -> None:

@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 # What may differ between a run and its continuation, as it does not change the parameters.
 _FREE = frozenset(
     {"output", "save_steps", "save_total_limit", "logging_steps", "log_layer_norms", "progress"}
@@ -38,6 +40,10 @@ class TrainConfig:
         freeze_requires_grad: with a plan that never changes, set requires_grad=False for frozen
             layers once the optimizer knows them, so that backward computes and stores no gradients
             for them. What takes no part in the plan is as before when the run ends.
+        on_freeze: what happens to the moments of a layer that freezes: "keep", "offload" (off the
+            device) or "drop" (deleted; they begin at zero when the layer returns).
+        state_dtype: of the moments: "float32", "bfloat16", or None as LocalizedAdamW chooses.
+        stochastic_rounding: round what is stored in bfloat16 stochastically, keyed by `seed`.
         save_steps: optimizer steps between checkpoints; the end of the run is always one.
         save_total_limit: checkpoints kept, at least 2: a kill while one is written leaves another.
             None keeps all.
@@ -65,6 +71,9 @@ class TrainConfig:
     bf16: bool = False
     seed: int = 0
     freeze_requires_grad: bool = True
+    on_freeze: str = "keep"
+    state_dtype: str | None = None
+    stochastic_rounding: bool = False
     save_steps: int = 500
     save_total_limit: int | None = 2
     logging_steps: int = 10
@@ -84,6 +93,10 @@ class TrainConfig:
             )
         if self.device not in ("auto", "cpu"):
             raise ValueError(f"device={self.device!r}: 'auto' or 'cpu'")
+        if self.on_freeze not in ("keep", "offload", "drop"):
+            raise ValueError(f"on_freeze={self.on_freeze!r}: 'keep', 'offload' or 'drop'")
+        if self.state_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"state_dtype={self.state_dtype!r}: 'float32', 'bfloat16' or None")
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
@@ -96,6 +109,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > low):
                 raise ValueError(f"{name}={value!r}: above {low}")
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments of LocalizedAdamW that Trainer has no setting for."""
+        return {
+            "on_freeze": self.on_freeze,
+            "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype),
+            "stochastic_rounding": self.stochastic_rounding,
+            "seed": self.seed,
+        }
 
     def decisive(self) -> dict[str, Any]:
         """The settings that a continued run must share with its beginning, ready for JSON."""

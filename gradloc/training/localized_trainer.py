@@ -1,11 +1,14 @@
-"""LocalizedTrainer: Hugging Face Trainer that steps with LocalizedAdamW. The loop stays Trainer's.
+"""LocalizedTrainer: what `gradloc.training.train` needs beyond a plain Trainer with our callback.
 
-Overrides how the optimizer is made and which gradient norm is logged, and nothing else.
+It spares the pass over all gradients that newer Trainers make for a norm to log, saves a tokenizer
+that Trainer does not know of, restores a finished run, and works with Trainers that have no
+`optimizer_cls_and_kwargs` yet. All else is `LocalizationCallback`'s and Trainer's.
 """
 
 from __future__ import annotations
 
 import codecs
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,88 +16,47 @@ import numpy
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from gradloc.layers import LayerMap
-from gradloc.optim import LocalizedAdamW
-from gradloc.plan import LayerPlan
 from gradloc.training.callback import LocalizationCallback
 from gradloc.training.config import TrainConfig
+
+_log = logging.getLogger("gradloc")
 
 
 class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     """Trainer with a layer plan.
 
     Args:
-        localization: holds the layers and the plan; becomes one of the callbacks.
-        max_grad_norm: clip the norm over the active layers' gradients to it; None: don't.
-        freeze_requires_grad: set requires_grad=False for frozen layers once the optimizer exists.
-            Ignored with a policy that chooses again: Trainer's groups, DDP and compiled graphs do
-            not follow a requires_grad that changes.
+        localization: chooses and keeps the plan; becomes the first of the callbacks.
+        options: keyword arguments of LocalizedAdamW beside Trainer's settings.
         tokenizer: saved beside the weights in each checkpoint. Trainer's own `processing_class` is
             left empty, as Trainer would write its special tokens into the model's configuration.
         kwargs: Trainer's own.
 
     Raises:
-        ValueError: `args.max_grad_norm` is not 0. Trainer would clip by a norm that counts frozen
-            layers, and the optimizer would clip again.
+        ValueError: as for `LocalizationCallback.optimizer`.
     """
 
     def __init__(
         self,
         *,
         localization: LocalizationCallback,
-        max_grad_norm: float | None = 1.0,
-        freeze_requires_grad: bool = True,
+        options: dict[str, Any] | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        own = kwargs["args"].max_grad_norm
-        if own != 0:
-            raise ValueError(
-                f"args.max_grad_norm={own!r}: set it to 0, and give max_grad_norm to "
-                "LocalizedTrainer, which clips over the active layers only"
-            )
         self.localization = localization
+        self.localized_adamw = localization.optimizer(kwargs["args"], **(options or {}))
         self.tokenizer_to_save = tokenizer
-        self.active_max_grad_norm = max_grad_norm
-        self.freezes = freeze_requires_grad and localization.every is None
-        self.optimizer: torch.optim.Optimizer | None
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), localization]
         super().__init__(**kwargs)
+        localization.log_first(self)
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make LocalizedAdamW over Trainer's two groups, with and without decay."""
-        if self.optimizer is None:
-            trained = self.model if model is None else model
-            decaying = set(self.get_decay_parameter_names(trained))
-            with_decay: list[torch.nn.Parameter] = []
-            without: list[torch.nn.Parameter] = []
-            for name, parameter in trained.named_parameters():
-                if parameter.requires_grad:
-                    (with_decay if name in decaying else without).append(parameter)
-            groups = [
-                {"params": parameters, "weight_decay": decay}
-                for parameters, decay in ((with_decay, self.args.weight_decay), (without, 0.0))
-                if parameters
-            ]
-            self.optimizer = LocalizedAdamW(
-                groups,
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                layers=self.localization.layers,
-                plan=self.localization.plan,
-                max_grad_norm=self.active_max_grad_norm,
-            )
-            if self.freezes:
-                # Only now: a parameter that is frozen when Trainer makes its groups is in none.
-                freeze_layers(trained, self.localization.layers, self.localization.plan)
-        return self.optimizer
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """LocalizedAdamW, also where Trainer has no `optimizer_cls_and_kwargs` yet (before 4.47).
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add our gradient norm to the lines that have a loss."""
-        if "loss" in logs and self.optimizer is not None:
-            logs.update(self.localization.norms(self.optimizer))
-        super().log(logs, *args, **kwargs)
+        A static method there; it is called through the instance.
+        """
+        return self.localized_adamw
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the tokenizer too."""
@@ -110,10 +72,14 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
         """
         self._load_from_checkpoint(str(checkpoint))
         saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.create_optimizer().load_state_dict(saved)
+        optimizer = self.create_optimizer()
+        optimizer.load_state_dict(saved)
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         # Which process this is was not the checkpoint's to say.
         self.state.is_world_process_zero = self.is_world_process_zero()
+        events = (self.args, self.state, self.control)
+        self.localization.on_train_begin(*events, optimizer=optimizer)
+        self.localization.on_train_end(*events)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Let torch >= 2.6 read numpy's random state, which older Trainers do not ask for."""
@@ -139,9 +105,9 @@ def collate_blocks(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """What Trainer is told: the settings of a run, with Trainer's own clipping off."""
+    """What Trainer is told: the settings of a run, on one device a process."""
     cuda = config.device == "auto" and torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=-1 if config.max_steps is None else config.max_steps,
         num_train_epochs=config.epochs,
@@ -150,7 +116,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
         adam_epsilon=config.eps,
-        max_grad_norm=0.0,  # LocalizedAdamW clips, over the active layers
+        max_grad_norm=config.max_grad_norm or 0.0,  # taken over by LocalizationCallback
         warmup_steps=config.warmup_steps,
         lr_scheduler_type=config.lr_scheduler,
         per_device_train_batch_size=config.batch_size,
@@ -167,11 +133,22 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
     )
+    use_one_device(arguments)
+    return arguments
 
 
-def freeze_layers(model: torch.nn.Module, layers: LayerMap, plan: LayerPlan) -> None:
-    """Set requires_grad=False for the parameters of the plan's frozen layers."""
-    frozen = set(plan.frozen)
-    for _, parameter, layer in layers.parameters(model):
-        if layers.names[layer] in frozen:
-            parameter.requires_grad_(False)
+def use_one_device(arguments: TrainingArguments) -> None:
+    """Keep Trainer from torch.nn.DataParallel, into which it falls with several GPUs in a process.
+
+    DataParallel is slower than one process a GPU, and the batch would grow with the machine. Says
+    what to do for the others.
+    """
+    count = arguments.n_gpu
+    if count > 1:
+        arguments._n_gpu = 1  # as Trainer itself does for models that are spread over GPUs
+        _log.warning(
+            "%d GPUs are visible and this process trains on one. To use all of them: torchrun "
+            "--nproc-per-node %d -m gradloc.cli train ... (or accelerate launch)",
+            count,
+            count,
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from hashlib import sha256
@@ -20,17 +20,19 @@ import torch
 from gradloc.files import replacing_folder, write_json
 from gradloc.layers import LayerMap
 from gradloc.plan import LayerPlan
-from gradloc.policies import Policy, needs_profile, retrace_every
+from gradloc.policies import Policy
 from gradloc.profile import GradientProfile
-from gradloc.trace import trace_gradients
 from gradloc.training import run_folder
+from gradloc.training.checkpoints import is_finished, remove_later_checkpoints
 from gradloc.training.config import TrainConfig
 from gradloc.training.model_guard import keeping_flags, keeping_use_cache, without_saving_bars
+from gradloc.training.ranks import wait_for_all
+from gradloc.training.tracing import Tracing, check_choice
 
 if TYPE_CHECKING:
     from gradloc.training.callback import LocalizationCallback
 
-Batches = Iterable[Mapping[str, Any]]
+__all__ = ["Tracing", "TrainResult", "train"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class TrainResult:
         plan: the plan in force at the end.
         profile: the profile that it came from, if the run had or traced one.
         num_steps: optimizer steps of the whole run, resumed parts included.
-        num_skipped_steps: steps left out because a gradient was not finite, since the last resume.
+        num_skipped_steps: steps left out because a gradient was not finite, in the whole run.
         final_loss: the training loss of the last log line, in nats a token; None without any.
         optimizer_bytes: bytes of AdamW's moments at the end.
         seconds: of training in this process, with tracing and checkpoints.
@@ -56,21 +58,6 @@ class TrainResult:
     final_loss: float | None
     optimizer_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Tracing:
-    """What to trace with: the arguments of `trace_gradients` that a run repeats.
-
-    Args:
-        probes: batches, or {kind: batches}; lists, as re-tracing reads them again.
-        reference: batches of ordinary text.
-        reference_loss: "all", "matched-spans", or both.
-    """
-
-    probes: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]]
-    reference: Sequence[Mapping[str, Any]]
-    reference_loss: str | Sequence[str] = "all"
 
 
 def train(
@@ -122,7 +109,7 @@ def train(
         OSError: `config.output` cannot be written.
     """
     layer_map = LayerMap.from_model(model) if layers is None else layers
-    _check_choice(layer_map, plan, policy, profile, tracing)
+    check_choice(layer_map, plan, policy, profile, tracing)
     output = Path(config.output)
     checkpoint = run_folder.open_run_folder(output, resume=resume, overwrite=overwrite)
     settings = {
@@ -134,100 +121,53 @@ def train(
     if checkpoint is not None:
         run_folder.check_settings(output, settings)
 
-    from gradloc.training.callback import PLAN_FILE, PROFILE_FILE, LocalizationCallback
+    from gradloc.training.callback import PLAN_FILE, LocalizationCallback
     from gradloc.training.localized_trainer import training_arguments
 
     started = time.monotonic()
+    localization = LocalizationCallback(
+        model,
+        plan=plan,
+        policy=policy,
+        profile=profile,
+        tracing=tracing,
+        layers=layer_map,
+        log_layer_norms=config.log_layer_norms,
+        freeze_requires_grad=config.freeze_requires_grad,
+    )
     arguments = training_arguments(config)
     model.to(arguments.device)
-
-    def trace(traced: torch.nn.Module, step: int) -> GradientProfile:
-        assert tracing is not None
-        # A re-trace runs inside Trainer's autocast; the first trace measures under the same.
-        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=config.bf16):
-            return trace_gradients(
-                traced,
-                tracing.probes,
-                tracing.reference,
-                layers=layer_map,
-                reference_loss=tracing.reference_loss,
-                seed=config.seed,
-                progress=config.progress,
-                step=step,
-            )
-
-    if checkpoint is not None:
-        chosen = LayerPlan.load(checkpoint / PLAN_FILE)
-        saved = next((f for f in (checkpoint, output) if (f / PROFILE_FILE).is_file()), None)
-        profile = GradientProfile.load(saved / PROFILE_FILE) if saved is not None else profile
-        if plan is not None and dict(plan.scales) != dict(chosen.scales):
+    if checkpoint is None:
+        localization.choose(arguments)
+    elif plan is not None and (checkpoint / PLAN_FILE).is_file():
+        saved = LayerPlan.load(checkpoint / PLAN_FILE)
+        if dict(plan.scales) != dict(saved.scales):
             raise ValueError(
                 f"the plan given differs from that of {str(checkpoint)!r}: resume with the same one"
             )
-    elif plan is not None:
-        chosen = plan
-    else:
-        assert policy is not None
-        if needs_profile(policy) and profile is None:
-            profile = trace(model, 0)
-        source: Any = profile if needs_profile(policy) else layer_map
-        chosen = policy(source, step=0)
-    localization = LocalizationCallback(
-        layer_map,
-        chosen,
-        policy=policy,
-        trace=None if tracing is None else trace,
-        log_layer_norms=config.log_layer_norms,
-    )
-    localization.profile = profile
 
     with keeping_flags(model), without_saving_bars():
         with keeping_use_cache(model):
             trainer = _make_trainer(
                 model, tokenizer, dataset, config, arguments, localization, callbacks
             )
-            # From here on files change; what was wrong with the arguments has been said.
-            if checkpoint is not None:
-                run_folder.remove_later_checkpoints(checkpoint)
-            elif arguments.should_save:
-                if overwrite:
-                    run_folder.clear_run_folder(output)
-                run_folder.start_record(output, settings, about or {})
-                _save_choice(output, localization)
-            if checkpoint is not None and run_folder.is_finished(checkpoint):
+            # From here on files change; what was wrong with the arguments has been said, in every
+            # process: none may find the files of this run where it looks for those of another.
+            wait_for_all()
+            if arguments.should_save:
+                if checkpoint is not None:
+                    remove_later_checkpoints(checkpoint)
+                else:
+                    if overwrite:
+                        run_folder.clear_run_folder(output)
+                    run_folder.start_record(output, settings, about or {})
+                    _save_choice(output, localization)
+            if checkpoint is not None and is_finished(checkpoint):
                 trainer.restore_finished(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.monotonic() - started
         return _finish(trainer, tokenizer, output, settings, about or {}, seconds)
-
-
-def _check_choice(
-    layers: LayerMap,
-    plan: LayerPlan | None,
-    policy: Policy | None,
-    profile: GradientProfile | None,
-    tracing: Tracing | None,
-) -> None:
-    if (plan is None) == (policy is None):
-        raise ValueError(
-            "give either plan or policy: a plan by hand, or a policy that chooses the layers "
-            "(AllLayers() trains everything)"
-        )
-    if plan is not None:
-        plan.check(layers.names)
-    if profile is not None:
-        profile.check(layers)
-    if policy is not None and needs_profile(policy) and tracing is None:
-        if retrace_every(policy) is not None:
-            raise ValueError(
-                "the policy traces again during the run: give probes and reference batches "
-                "(tracing)"
-            )
-        if profile is None:
-            raise ValueError(
-                "the policy needs a profile: give one, or probes and reference batches (tracing)"
-            )
 
 
 def _make_trainer(
@@ -245,8 +185,7 @@ def _make_trainer(
 
     trainer = LocalizedTrainer(
         localization=localization,
-        max_grad_norm=config.max_grad_norm,
-        freeze_requires_grad=config.freeze_requires_grad,
+        options=config.optimizer_options(),
         model=model,
         args=arguments,
         train_dataset=dataset,

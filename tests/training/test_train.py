@@ -1,9 +1,19 @@
+"""gradloc.training.train: what a run trains, logs and saves. Resuming is in test_train_resume."""
+
 import json
-import shutil
 
 import pytest
 import torch
 from conftest import make_gpt2
+from small_runs import (
+    assert_equal,
+    attention_plan,
+    make_dataset,
+    make_tracing,
+    parameters,
+    settings,
+    without_dropout,
+)
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gradloc import (
@@ -11,84 +21,23 @@ from gradloc import (
     GradientProfile,
     LayerMap,
     LayerPlan,
-    LocalizedAdamW,
     RandomLayers,
     Retrace,
     TracedGradientPolicy,
     layer_grad_norms,
 )
-from gradloc.probes import by_kind, probe_batches, read_probes
-from gradloc.training.callback import LocalizationCallback, localized_optimizer
-from gradloc.training.config import TrainConfig
-from gradloc.training.corpus import packed_corpus, text_batches
-from gradloc.training.localized_trainer import (
-    LocalizedTrainer,
-    collate_blocks,
-    training_arguments,
-)
-from gradloc.training.train import Tracing, train
-
-BLOCK = 16
+from gradloc.training.localized_trainer import collate_blocks, training_arguments, use_one_device
+from gradloc.training.train import train
 
 
 @pytest.fixture(scope="module")
 def dataset(tokenizer, text_file):
-    return packed_corpus(text_file, tokenizer, block_size=BLOCK)
+    return make_dataset(tokenizer, text_file)
 
 
 @pytest.fixture(scope="module")
 def tracing(tokenizer, text_file, probe_file):
-    probes = by_kind(read_probes(probe_file))
-    return Tracing(
-        probes={kind: probe_batches(ps, tokenizer, batch_size=2) for kind, ps in probes.items()},
-        reference=text_batches(text_file, tokenizer, block_size=16, batch_size=2, max_batches=4),
-    )
-
-
-def settings(output, **changes):
-    usual = {
-        "max_steps": 8,
-        "batch_size": 2,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.1,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "progress": False,
-    }
-    return TrainConfig(output=output, **{**usual, **changes})
-
-
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def attention_plan(model):
-    names = LayerMap.from_model(model).names
-    return LayerPlan({name: float(name.endswith("attn")) for name in names})
-
-
-def assert_equal(found, expected):
-    worst = max(((found[name] - expected[name]).abs().max().item(), name) for name in expected)
-    same = all(torch.equal(found[name], expected[name]) for name in expected)
-    assert same, f"largest difference {worst}"
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-class StopAt(TrainerCallback):
-    """A kill: raises in the middle of the run."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
+    return make_tracing(tokenizer, text_file, probe_file)
 
 
 def test_training_all_layers_is_trainer_with_adamw(tokenizer, dataset, tmp_path):
@@ -181,68 +130,6 @@ def test_the_logged_norm_is_over_active_layers_and_before_clipping(gpt2, dataset
             assert f"grad_norm/{name}" not in line
 
 
-@pytest.mark.parametrize("choice", ["plan", "traced", "retraced", "random", "accumulated"])
-def test_a_killed_run_ends_where_an_undisturbed_one_does(
-    tokenizer, dataset, tracing, tmp_path, choice
-):
-    """Checkpoints at 3 and 6, the kill at 5; traces at 3 and 6 where the run re-traces."""
-    policies = {
-        "plan": {"plan": attention_plan(make_gpt2(tokenizer))},
-        "traced": {"policy": TracedGradientPolicy(), "tracing": tracing},
-        "retraced": {
-            "policy": Retrace(TracedGradientPolicy(threshold=("top_k", 2)), every=3),
-            "tracing": tracing,
-        },
-        "random": {"policy": Retrace(RandomLayers(count=3, seed=5), every=2)},
-        "accumulated": {"policy": RandomLayers(share=0.5)},
-    }[choice]
-    changes = {"gradient_accumulation_steps": 2} if choice == "accumulated" else {}
-
-    whole = make_gpt2(tokenizer)
-    result = train(whole, None, dataset, settings(tmp_path / "whole", **changes), **policies)
-    config = settings(tmp_path / "killed", **changes)
-    with pytest.raises(KeyboardInterrupt):
-        train(make_gpt2(tokenizer), None, dataset, config, **policies, callbacks=[StopAt(5)])
-    assert json.loads((tmp_path / "killed/training.json").read_text())["status"] == "running"
-    assert not (tmp_path / "killed/final").exists()
-    # Another kill, while a checkpoint was written: it is there, but not all of it.
-    shutil.copytree(tmp_path / "killed/checkpoint-3", tmp_path / "killed/checkpoint-4")
-    (tmp_path / "killed/checkpoint-4/plan.json").unlink()
-
-    resumed = make_gpt2(tokenizer, seed=1)  # other weights: they must come from the checkpoint
-    again = train(resumed, None, dataset, config, **policies, resume=True)
-    assert_equal(parameters(resumed), parameters(whole))
-    assert again.plan.scales == result.plan.scales
-    assert again.num_steps == result.num_steps == 8
-    states = [
-        torch.load(tmp_path / run / "checkpoint-8/optimizer.pt", weights_only=True)["state"]
-        for run in ("whole", "killed")
-    ]
-    assert states[0].keys() == states[1].keys()
-    for index, state in states[0].items():
-        for key, value in state.items():
-            assert torch.equal(value, states[1][index][key]), (index, key)
-    assert not (tmp_path / "killed/checkpoint-4").exists()
-
-
-def test_a_finished_run_resumes_to_itself(gpt2, tokenizer, dataset, tmp_path):
-    """Killed after the last checkpoint and before the model was saved.
-
-    With a rate that ends at 0, the step too many that Trainer takes here would go unseen.
-    """
-    config = settings(tmp_path / "run", lr_scheduler="constant")
-    plan = attention_plan(gpt2)
-    first = train(gpt2, None, dataset, config, plan=plan)
-    shutil.rmtree(first.folder)
-    again = make_gpt2(tokenizer, seed=1)
-    result = train(again, None, dataset, config, plan=plan, resume=True)
-    assert_equal(parameters(again), parameters(gpt2))
-    assert_equal(parameters(AutoModelForCausalLM.from_pretrained(first.folder)), parameters(gpt2))
-    assert result.num_steps == 8
-    assert result.optimizer_bytes == first.optimizer_bytes
-    assert result.final_loss == first.final_loss
-
-
 def test_plans_change_during_the_run_and_are_kept(gpt2, tokenizer, dataset, tracing, tmp_path):
     config = settings(tmp_path / "run", save_total_limit=None)
     policy = Retrace(TracedGradientPolicy(), every=3)
@@ -296,108 +183,56 @@ def test_a_policy_of_the_users_own(gpt2, dataset, tracing, tmp_path):
     assert result.plan.active == ("transformer.h.0.mlp", "transformer.h.1.mlp")
 
 
-def test_the_callback_serves_a_plain_trainer(gpt2, dataset, tmp_path):
-    layers = LayerMap.from_model(gpt2)
-    policy = Retrace(RandomLayers(count=2), every=2)
-    callback = LocalizationCallback(layers, policy(layers), policy=policy)
-    optimizer = LocalizedAdamW(
-        gpt2.parameters(), lr=1e-3, layers=layers, plan=callback.plan, max_grad_norm=1.0
-    )
-    trainer = Trainer(
-        model=gpt2,
-        args=training_arguments(settings(tmp_path, max_steps=5, save_steps=5)),
-        train_dataset=dataset,
-        optimizers=(optimizer, None),
-        callbacks=[callback],
-    )
-    trainer.train()
-    assert optimizer.plan.scales == policy(layers, step=4).scales
-    assert LayerPlan.load(tmp_path / "checkpoint-5/plan.json").scales == optimizer.plan.scales
-    assert localized_optimizer(trainer.optimizer) is optimizer
-    with pytest.raises(TypeError, match="SGD, not LocalizedAdamW"):
-        localized_optimizer(torch.optim.SGD(gpt2.parameters()))
-
-
-def test_trainer_must_not_clip_too(gpt2, dataset, tmp_path):
-    layers = LayerMap.from_model(gpt2)
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=r"args\.max_grad_norm=1\.0: set it to 0"):
-        LocalizedTrainer(
-            localization=LocalizationCallback(layers, AllLayers()(layers)),
-            model=gpt2,
-            args=arguments,
-            train_dataset=dataset,
-        )
-
-
-def test_choices_that_cannot_be(gpt2, tokenizer, dataset, tracing, tmp_path):
-    def run(**choice):
-        return train(gpt2, None, dataset, settings(tmp_path / "run"), **choice)
-
-    layers = LayerMap.from_model(gpt2)
-    everything = AllLayers()(layers)
-    with pytest.raises(ValueError, match="either plan or policy"):
-        run()
-    with pytest.raises(ValueError, match="either plan or policy"):
-        run(plan=everything, policy=AllLayers())
-    with pytest.raises(ValueError, match="needs a profile"):
-        run(policy=TracedGradientPolicy())
-    with pytest.raises(ValueError, match="traces again during the run"):
-        run(policy=Retrace(TracedGradientPolicy(), every=2))
-    with pytest.raises(ValueError, match="does not fit the model"):
-        run(plan=LayerPlan({"somewhere": 1.0}))
-    with pytest.raises(ValueError, match="freezes all 7 layers"):
-        run(plan=LayerPlan(dict.fromkeys(layers.names, 0.0)))
-    by_block = LayerMap.from_model(gpt2, granularity="block")
-    profile = GradientProfile.from_norms(
-        {"probe": dict.fromkeys(by_block.names, 1.0)}, dict.fromkeys(by_block.names, 1.0)
-    )
-    with pytest.raises(ValueError, match="layers"):
-        run(policy=TracedGradientPolicy(), profile=profile)
-    assert not list(tmp_path.rglob("*.json")), "an error left files behind"
-
-
-def test_a_run_is_not_overwritten_by_mistake(gpt2, tokenizer, dataset, tmp_path):
-    def run(model, **changes):
-        flags = {name: changes.pop(name) for name in ("resume", "overwrite") if name in changes}
-        config = settings(tmp_path / "run", **changes)
-        return train(model, None, dataset, config, policy=AllLayers(), **flags)
-
-    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
-        run(gpt2, resume=True)
-    run(gpt2)
-    with pytest.raises(ValueError, match=r"holds a run already.*--resume.*--overwrite"):
-        run(gpt2)
-    with pytest.raises(ValueError, match="resume and overwrite"):
-        run(gpt2, resume=True, overwrite=True)
-    with pytest.raises(ValueError, match=r"learning_rate=0.1 \(was 0.003\), max_steps=9 \(was 8\)"):
-        run(gpt2, resume=True, learning_rate=0.1, max_steps=9)
-    config = settings(tmp_path / "run")
-    with pytest.raises(ValueError, match="choice="):
-        train(gpt2, None, dataset, config, policy=RandomLayers(), resume=True)
-    other = dataset.select(range(3, len(dataset)))
-    with pytest.raises(ValueError, match="corpus="):
-        train(gpt2, None, other, config, policy=AllLayers(), resume=True)
-    (tmp_path / "run/notes.txt").write_text("mine")
-    run(make_gpt2(tokenizer), overwrite=True, max_steps=2)
-    kept = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert kept == ["checkpoint-2", "final", "notes.txt", "plan.json", "training.json"]
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("option", "check"),
     [
-        ({"learning_rate": 0.0}, "learning_rate=0.0: above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"max_steps": 0}, "max_steps=0: at least 1"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
-        ({"save_total_limit": 1}, "save_total_limit=1: keep at least 2"),
-        ({"device": "tpu"}, "device='tpu'"),
-        ({"lr_scheduler": "zigzag"}, "zigzag"),
+        ({"on_freeze": "drop"}, lambda b, half, full: b == full),
+        ({"on_freeze": "keep"}, lambda b, half, full: b > full),
+        ({"state_dtype": "bfloat16", "on_freeze": "drop"}, lambda b, half, full: b == half),
     ],
+    ids=["drop", "keep", "bfloat16"],
 )
-def test_settings_out_of_range(gpt2, dataset, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        train(gpt2, None, dataset, settings(tmp_path / "run", **change), policy=AllLayers())
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+def test_options_of_the_optimizer_reach_it(gpt2, dataset, tmp_path, option, check):
+    """By the bytes of moments after several plans."""
+    config = settings(tmp_path / "run", **option)
+    policy = Retrace(RandomLayers(count=2, seed=1), every=2)
+    result = train(gpt2, None, dataset, config, policy=policy)
+    layers = LayerMap.from_model(gpt2)
+    active = sum(layer.num_elements for layer in layers if layer.name in result.plan.active)
+    assert check(result.optimizer_bytes, 4 * active, 8 * active), (result.optimizer_bytes, active)
+
+
+def test_stochastic_rounding_reaches_the_optimizer(tokenizer, dataset, tmp_path):
+    """Updates far below half a step of bfloat16 move a tenth of the weights, and none without."""
+    moved = []
+    for rounding in (False, True):
+        model = make_gpt2(tokenizer).to(torch.bfloat16)
+        start = parameters(model)
+        config = settings(
+            tmp_path / str(rounding),
+            learning_rate=1e-7,
+            stochastic_rounding=rounding,
+            weight_decay=0.0,
+        )
+        train(model, None, dataset, config, policy=AllLayers())
+        # Away from 0, where bfloat16 is fine enough for such steps.
+        large = {name: value.abs() > 1e-2 for name, value in start.items()}
+        moved.append(
+            sum(
+                ((p != start[name]) & large[name]).sum().item()
+                for name, p in model.named_parameters()
+            )
+        )
+    assert moved[0] == 0
+    assert moved[1] > 10
+
+
+def test_one_device_a_process(tmp_path, caplog):
+    """With several GPUs and a plain launch, Trainer would fall into DataParallel."""
+    arguments = training_arguments(settings(tmp_path))
+    arguments._n_gpu = 4
+    assert arguments.train_batch_size == 8
+    use_one_device(arguments)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 2
+    assert "torchrun --nproc-per-node 4 -m gradloc.cli train" in caplog.text
