@@ -64,7 +64,7 @@ def pair(tokenizer, dataset, folder, *, choice, dropout=True, callbacks=lambda: 
     return *trainers, start
 
 
-def assert_same_run(ours, theirs, start, *, within=5e-3):
+def assert_same_run(ours, theirs, start, *, within=1e-4):
     assert_close(parameters(ours.model), parameters(theirs.model), start, within=within)
     for key in ("loss", "eval_loss", "learning_rate"):
         found, expected = (
@@ -75,20 +75,20 @@ def assert_same_run(ours, theirs, start, *, within=5e-3):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-9), key
     norms = [entry["grad_norm"] for entry in ours.state.log_history if "grad_norm" in entry]
     assert len(norms) == len(theirs.reference.norms)
-    assert norms == pytest.approx(theirs.reference.norms, rel=max(1e-3, within))
+    assert norms == pytest.approx(theirs.reference.norms, rel=max(1e-4, within))
 
 
 @pytest.mark.parametrize("choice", ["static", "changing"])
 @pytest.mark.parametrize(
     ("feature", "within"),
     [
-        ({}, 5e-3),
-        ({"gradient_accumulation_steps": 3}, 5e-3),
+        ({}, 1e-4),
+        ({"gradient_accumulation_steps": 3}, 1e-4),
         ({"bf16": True}, 2e-2),
-        ({RECOMPUTE: True}, 5e-3),
-        ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, 5e-3),
-        ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 1}, 5e-3),
-        ({"lr_scheduler_type": "constant", "num_train_epochs": 0.1, "max_steps": -1}, 5e-3),
+        ({RECOMPUTE: True}, 1e-4),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 3}, 1e-4),
+        ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 1}, 1e-4),
+        ({"lr_scheduler_type": "constant", "num_train_epochs": 0.1, "max_steps": -1}, 1e-4),
     ],
     ids=["plain", "accumulation", "bf16", "recomputing", "cosine", "inverse_sqrt", "epochs"],
 )
@@ -124,7 +124,7 @@ def test_accumulation_equals_a_large_batch(tokenizer, dataset, tmp_path):
         args = arguments(tmp_path / name, **changes)
         plain_trainer(model, args, dataset, method).train()
         ends.append(parameters(model))
-    assert_close(*ends, parameters(make_gpt2(tokenizer)), within=1e-2)
+    assert_close(*ends, parameters(make_gpt2(tokenizer)), within=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -210,13 +210,12 @@ def test_early_stopping_and_the_best_model(tokenizer, dataset, tmp_path):
     assert not best.endswith(f"-{ours.state.global_step}"), "the last was the best: nothing shown"
     saved = AutoModelForCausalLM.from_pretrained(best)
     assert_equal(parameters(ours.model), parameters(saved))
-    # Losses and not parameters: the keys' biases have gradients of rounding only, which Adam at
-    # this rate makes large, and nothing depends on them.
+    # Losses and not parameters: at a rate that makes the model worse, rounding grows.
     losses = [
         [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         for trainer in (ours, theirs)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_logged_layer_norms_are_those_of_layer_grad_norms(tokenizer, dataset, tmp_path):
