@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradloc.optim import LocalizedAdamW
 from gradloc.optim_state import MOMENTS, ensure_state, moment_dtype
+from gradloc.wording import listed
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageReader
@@ -199,9 +200,8 @@ def _saved_moments(
     prefix, saved = found.popitem()
     if unknown.get(prefix):
         strange = sorted(unknown[prefix])
-        more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
         raise ValueError(
-            f"the checkpoint has moments of {', '.join(strange[:4])}{more}, and the optimizer does "
+            f"the checkpoint has moments of {listed(strange)}, and the optimizer does "
             "not have these parameters: give it all that trained (model.named_parameters())"
         )
     return prefix, saved

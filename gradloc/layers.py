@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from gradloc.layer_discovery import Placed, place_parameters
 from gradloc.layer_kinds import WRAPPER_NAMES
 from gradloc.layer_table import layer_table
+from gradloc.wording import quoted
 
 _GRANULARITIES = ("submodule", "block", "tensor")
 
@@ -218,8 +219,8 @@ class LayerMap:
         missing = [name for name in self._index if _plain(name) not in present]
         extra = [name for key, name in unknown.items() if key not in found]
         if missing or extra:
-            parts = [f"the model has no {_shown(missing)}"] if missing else []
-            parts += [f"{_shown(extra)} of the model in no layer"] if extra else []
+            parts = [f"the model has no {quoted(missing)}"] if missing else []
+            parts += [f"{quoted(extra)} of the model in no layer"] if extra else []
             raise ValueError(
                 f"model={type(model).__name__} does not fit this map: {'; '.join(parts)}. Make the "
                 "map from this model: LayerMap.from_model(model)"
@@ -321,7 +322,7 @@ def _group_by_patterns(
             unmatched.append(item.names[0])
     if unmatched:
         raise ValueError(
-            f"patterns leave {len(unmatched)} parameters in no layer: {_shown(unmatched)}. "
+            f"patterns leave {len(unmatched)} parameters in no layer: {quoted(unmatched)}. "
             'End them with (".*", "rest") to gather what is left'
         )
     return groups
@@ -339,8 +340,3 @@ def _expanded(match: re.Match[str], template: str) -> str:
             f"layer name {template!r} is empty for parameter {match.string!r}: give it a name"
         )
     return name
-
-
-def _shown(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gradloc.wording import quoted
+
 REFERENCE_LOSSES = ("all", "matched-spans")
 
 
@@ -93,9 +95,9 @@ def check_measurements(
             silent = [name for name, norm, reference in both if norm > 0 and reference == 0]
             if silent:
                 raise ValueError(
-                    f"layers {shown(silent)} get a gradient from the {kind!r} probes and none from "
-                    f"the reference (loss on {loss!r}), so their ratio is not defined: give more "
-                    "reference batches, or leave these layers out of the LayerMap"
+                    f"layers {quoted(silent)} get a gradient from the {kind!r} probes and none "
+                    f"from the reference (loss on {loss!r}), so their ratio is not defined: give "
+                    "more reference batches, or leave these layers out of the LayerMap"
                 )
 
 
@@ -108,9 +110,3 @@ def _check_norms(what: str, one: Measurement, names: Sequence[str]) -> None:
             raise ValueError(
                 f"{what}: layer {name!r} has norm {norm!r} ± {error!r}: both must be finite, >= 0"
             )
-
-
-def shown(names: Sequence[str], most: int = 4) -> str:
-    """The first few names, for a message."""
-    first = ", ".join(repr(name) for name in names[:most])
-    return first if len(names) <= most else f"{first} and {len(names) - most} more"

@@ -16,6 +16,7 @@ from torch import nn
 
 from gradloc.layers import Layer, LayerMap
 from gradloc.optim_state import moment_dtype
+from gradloc.wording import bytes_in_words
 
 if TYPE_CHECKING:
     from gradloc.plan import LayerPlan
@@ -117,7 +118,7 @@ class MemoryEstimate:
             counts = (row.parameter_bytes, row.gradient_bytes, row.moment_bytes)
             sums = (row.total_bytes, row.full_bytes)
             trains = f"{row.num_active} of {row.num_layers}" if row.num_layers else "-"
-            lines.append((row.name, trains, *map(_shown, (*counts, *sums))))
+            lines.append((row.name, trains, *map(bytes_in_words, (*counts, *sums))))
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         text = [
             "  ".join(
@@ -129,7 +130,9 @@ class MemoryEstimate:
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         saved = total.full_bytes - total.total_bytes
         share = saved / total.full_bytes if total.full_bytes else 0.0
-        summary = f"saved: {_shown(saved)} of {_shown(total.full_bytes)} ({share:.0%})"
+        summary = (
+            f"saved: {bytes_in_words(saved)} of {bytes_in_words(total.full_bytes)} ({share:.0%})"
+        )
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], summary, *self.assumptions])
 
 
@@ -237,10 +240,3 @@ def _assumptions(model: nn.Module, layers: Iterable[Layer], gradients: str) -> l
     if gradients == "all":
         said.append("frozen layers have gradients too (requires_grad=True)")
     return [*said, "activations are not counted"]
-
-
-def _shown(size: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size} B"

@@ -58,6 +58,11 @@ def runs_natively(tensor: Tensor) -> bool:
     )
 
 
+def _sums(num_layers: int) -> Tensor:
+    """Where the core writes; on the CPU, whatever torch's default device is."""
+    return torch.empty(num_layers, dtype=torch.float64, device="cpu")
+
+
 class NativeNorms:
     """Per-layer sums of squares over a fixed list of tensor shapes.
 
@@ -73,7 +78,7 @@ class NativeNorms:
 
     def norm_sq(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Sums of squares by layer, float64 [num_layers]; all gradients pass `runs_natively`."""
-        out = torch.empty(self._num_layers, dtype=torch.float64)
+        out = _sums(self._num_layers)
         addresses = [0 if g is None else g.data_ptr() for g in grads]
         codes = [0 if g is None else DTYPE_CODES[g.dtype] for g in grads]
         self._work.norm_sq(addresses, codes, out.data_ptr(), torch.get_num_threads())
@@ -154,7 +159,12 @@ class NativeAdamW:
             if grad.stride() != strides and not (
                 grad.is_contiguous() and slot.param.is_contiguous()
             ):
-                grad = torch.empty_strided(slot.param.shape, strides, dtype=grad.dtype).copy_(grad)
+                ordered = torch.empty_strided(
+                    slot.param.shape, strides, dtype=grad.dtype, device=grad.device
+                )
+                grad = ordered.copy_(grad)
+            if grad.numel() and not grad.data_ptr():
+                grad = grad.clone()  # zeros that autograd made without giving them memory
             kept.append(grad)
             addresses.append(grad.data_ptr() or 1)  # empty tensors have no address, and no chunks
             codes.append(DTYPE_CODES[grad.dtype])
@@ -162,7 +172,7 @@ class NativeAdamW:
 
     def norm_sq(self, grads: NativeGrads) -> Tensor:
         """Sums of squares of the gradients by layer, float64 [num_layers]."""
-        out = torch.empty(self._num_layers, dtype=torch.float64)
+        out = _sums(self._num_layers)
         self._work.norm_sq(grads.addresses, grads.codes, out.data_ptr(), torch.get_num_threads())
         return out
 
@@ -180,7 +190,7 @@ class NativeAdamW:
 
         With a seed, what is stored in bfloat16 is rounded stochastically, else to nearest.
         """
-        out = torch.empty(self._num_layers, dtype=torch.float64) if with_norms else None
+        out = _sums(self._num_layers) if with_norms else None
         self._work.step(
             grads.addresses,
             grads.codes,

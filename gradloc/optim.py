@@ -173,7 +173,7 @@ class LocalizedAdamW(PlannedSteps):
                     check_offload(param, name)
                 backends.choose(sharding.local(param), group["fused"], name)
             self._selection.add_group(group)
-        except (TypeError, ValueError):
+        except BaseException:
             self.param_groups.pop()
             raise
         self._forget_work()
@@ -209,10 +209,11 @@ class LocalizedAdamW(PlannedSteps):
         before, self._selection.plan = self.plan, plan
         try:
             self._settle()
-        except (OSError, ValueError):  # no room to offload to
+        except BaseException:  # no room to offload to, no memory to bring moments back to
             self._selection.plan = before
             self._settle()
             raise
+        self._came_between = self._release is not None and self._release.in_step
 
     def grad_norms(self) -> Tensor:
         """2-norm of each layer's gradient in the last step, before clipping.
@@ -234,7 +235,7 @@ class LocalizedAdamW(PlannedSteps):
 
     def offloaded_bytes(self) -> int:
         """Bytes of moments that on_freeze="offload" has moved away."""
-        return sum(state_bytes(self.state[param]) for param in self._away)
+        return sum(state_bytes(self.state.get(param, {})) for param in self._away)
 
     def report(self) -> str:
         """A table of the layers: scale, parameters, steps, bytes of moments, last gradient norm.
@@ -245,7 +246,7 @@ class LocalizedAdamW(PlannedSteps):
         if self._norms.known:
             for row, norm in zip(rows, self.grad_norms().tolist(), strict=True):
                 row.norm = None if math.isnan(norm) else norm
-        headline = optim_report.in_force_line(self._selection.policy, rows)
+        headline = optim_report.in_force_line(self._selection.in_force().policy, rows)
         return optim_report.report_table(headline, rows)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,8 +257,9 @@ class LocalizedAdamW(PlannedSteps):
         of skipped steps. torch.optim.AdamW loads it all the same.
         """
         state_dict: dict[str, Any] = super().state_dict()
-        carries = self.layers is not None or self._stochastic_rounding or self.num_skipped_steps
-        if carries or self._on_nonfinite != "ignore":
+        clips = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
+        rounds = self._stochastic_rounding
+        if self.layers is not None or clips or rounds or self.num_skipped_steps:
             record = Record(
                 plan=self.plan,
                 max_grad_norm=self._max_grad_norm,
@@ -265,7 +267,7 @@ class LocalizedAdamW(PlannedSteps):
                 stochastic_rounding=self._stochastic_rounding,
                 seed=self._seed,
                 num_skipped_steps=self.num_skipped_steps,
-                num_states=len(state_dict["state"]),
+                num_states=sum(bool(state) for state in state_dict["state"].values()),
             )
             state_dict["param_groups"][0][KEY] = record.to_text()
         return state_dict
@@ -333,11 +335,28 @@ class LocalizedAdamW(PlannedSteps):
         for param_state in self.state.values():
             if "step" in param_state:
                 mend_step(param_state)
+        if "_selection" in state:
+            self._selection = self._selection.copy()
         self._start_afresh()
         if "_selection" in state:  # a copy or a pickle; load_state_dict settles by itself
             self._settle()
 
     def _check_record(self, record: Record) -> None:
+        if record.plan is not None and self.layers is None:
+            raise ValueError(
+                "state_dict: it carries a plan, and this optimizer was made without layers: make "
+                "it with layers=LayerMap.from_model(model), or remove 'localization' from the "
+                "first param group to load without plan, clipping and rounding"
+            )
+        check_options(
+            self.layers,
+            record.plan,
+            max_grad_norm=record.max_grad_norm,
+            on_nonfinite=record.on_nonfinite,
+            on_freeze=self._on_freeze,
+            state_dtype=self._state_dtype,
+            seed=record.seed,
+        )
         self._selection.check(record.plan)
         if self._release_gradients:
             check_release(record.max_grad_norm, record.on_nonfinite)

@@ -19,6 +19,9 @@ from gradloc.ops import is_dense
 from gradloc.optim_freeze import ON_FREEZE
 from gradloc.optim_state import check_saved
 from gradloc.plan import LayerPlan
+from gradloc.wording import listed
+
+_TRAINED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -44,9 +47,10 @@ def check_options(
         raise ValueError(f"layers={layers!r} is not a LayerMap: use LayerMap.from_model(model)")
     if plan is not None:
         _plan_layers(plan, layers)
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    if max_grad_norm is not None and not (number and max_grad_norm > 0):
         raise ValueError(
-            f"max_grad_norm={max_grad_norm}: a positive number, or None for no clipping"
+            f"max_grad_norm={max_grad_norm!r}: a positive number, or None for no clipping"
         )
     if on_nonfinite not in (None, "ignore", "skip", "raise"):
         raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'ignore', 'skip' or 'raise'")
@@ -73,9 +77,8 @@ def check_plan(plan: LayerPlan, layers: LayerMap | None, layer_ids: list[list[in
     present = {layers.names[layer] for ids in layer_ids for layer in ids}
     absent = [name for name in plan.active if name not in present]
     if absent:
-        more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
         raise ValueError(
-            f"the plan trains {', '.join(absent[:4])}{more}, but no parameter of that is in this "
+            f"the plan trains {listed(absent)}, but no parameter of that is in this "
             "optimizer: it cannot train. Give the optimizer all parameters "
             "(model.named_parameters()), and set requires_grad=False only afterwards; or give such "
             "layers the scale 0"
@@ -130,10 +133,11 @@ def check_parameters(groups: list[dict[str, Any]], *, stochastic_rounding: bool)
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             name = parameter_name(group, g, i)
-            if not param.is_floating_point():
+            if param.dtype not in _TRAINED:
                 raise ValueError(
                     f"parameter {name} has dtype={param.dtype}: only real floating-point "
-                    "parameters train (for complex ones, train torch.view_as_real of them)"
+                    "parameters of 16 to 64 bits train (for complex ones, train "
+                    "torch.view_as_real of them)"
                 )
             sharding.refuse_unsupported(param, name)
             if param.device.type == "meta" and everywhere != {"meta"}:

@@ -87,10 +87,12 @@ def _offload(state: dict[str, Any]) -> None:
 def _moved(moment: Tensor) -> Tensor:
     if not moment.numel():
         return moment
+    # As the moment, without its gaps if it has any.
+    strides = torch.empty_like(moment, device="meta").stride()
     if moment.device.type != "cpu":
         pinned = moment.device.type == "cuda"
         away = torch.empty_strided(
-            moment.shape, moment.stride(), dtype=moment.dtype, pin_memory=pinned
+            moment.shape, strides, dtype=moment.dtype, device="cpu", pin_memory=pinned
         )
         return away.copy_(moment)
     handle, path = tempfile.mkstemp(prefix="gradloc-moments-")
@@ -98,8 +100,10 @@ def _moved(moment: Tensor) -> Tensor:
         if hasattr(os, "posix_fallocate"):
             # A full disk is an error here; written to through the map, it would be a SIGBUS.
             os.posix_fallocate(handle, 0, moment.numel() * moment.element_size())
-        flat = torch.from_file(path, shared=True, size=moment.numel(), dtype=moment.dtype)
+        flat = torch.from_file(
+            path, shared=True, size=moment.numel(), dtype=moment.dtype, device="cpu"
+        )
     finally:
         os.close(handle)
         os.unlink(path)
-    return flat.as_strided(moment.shape, moment.stride()).copy_(moment)
+    return flat.as_strided(moment.shape, strides).copy_(moment)

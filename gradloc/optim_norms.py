@@ -36,7 +36,7 @@ class StepNorms:
         if norm_sqs:
             total = torch.stack([n.to(norm_sqs[0].device) for n in norm_sqs]).sum(dim=0)
         else:
-            total = torch.zeros(self._num_layers, dtype=torch.float64)
+            total = torch.zeros(self._num_layers, dtype=torch.float64, device="cpu")
         self._norm_sq = total if unscale == 1.0 else total * unscale**2
         self._measured = sorted(measured)
         return self._norm_sq

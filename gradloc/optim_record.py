@@ -71,7 +71,7 @@ def take_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Record | No
     groups = [dict(group) for group in state_dict["param_groups"]]
     texts = [group.pop(KEY) for group in groups if KEY in group]
     record = Record.from_text(texts[0]) if texts else None
-    found = len(state_dict["state"])
+    found = sum(bool(state) for state in state_dict["state"].values())
     if record is not None and found < record.num_states:
         raise ValueError(
             f"state_dict: it was saved with the state of {record.num_states} parameters and has "

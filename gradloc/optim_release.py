@@ -7,6 +7,7 @@ DDP's averaging after the hooks) cannot work and is refused. The update itself i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from gradloc import sharding
 from gradloc.optim_work import Part
+
+_HOOKS = "_post_accumulate_grad_hooks"
 
 
 def check_release(max_grad_norm: float | None, on_nonfinite: str) -> None:
@@ -44,28 +47,56 @@ class GradientRelease:
     """
 
     def __init__(self, update: Callable[[Tensor], tuple[Part, Tensor, int] | None]) -> None:
-        self._update = update
+        # Weak, as are the hooks: an optimizer that is deleted must not go on training the model.
+        self._update = weakref.WeakMethod(update)
         self._handles: dict[Tensor, Any] = {}
         self._done: set[Tensor] = set()
         self._sums: dict[tuple[Any, torch.device], tuple[Part, Tensor]] = {}
         self._layers: set[int] = set()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether gradients have come since the last step ended."""
+        return bool(self._done)
+
     def watch(self, params: Iterable[Tensor]) -> None:
-        """Put hooks on the parameters that require gradients and have none of ours."""
+        """Put hooks on the parameters that require gradients and have none of ours.
+
+        A parameter has one such hook: that of an earlier optimizer is taken off.
+        """
         for param in params:
             if param.requires_grad and param not in self._handles:
+                for hook in list((getattr(param, _HOOKS, None) or {}).values()):
+                    if isinstance(hook, _Hook):
+                        hook.leave(param)
                 register: Any = param.register_post_accumulate_grad_hook  # torch has no types
-                self._handles[param] = register(self.release)
+                self._handles[param] = register(_Hook(self))
 
     def release(self, param: Tensor) -> None:
         """Update a parameter and free its gradient.
 
         Raises:
             RuntimeError: a second gradient before the step ended, or one that other ranks have yet
-                to be averaged with.
+                to be averaged with. The gradient is freed, the parameter as it was.
         """
-        if param.grad is None:
-            return  # another hook has taken it
+        update = self._update()
+        if param.grad is None or update is None:
+            return
+        try:
+            self._check(param)
+            with torch.no_grad():
+                updated = update(param)
+        finally:
+            param.grad = None
+        self._done.add(param)
+        if updated is not None:
+            part, norm_sq, layer = updated
+            key = (part.reduction, norm_sq.device)
+            before = self._sums.get(key)
+            self._sums[key] = part, norm_sq if before is None else before[1] + norm_sq
+            self._layers.add(layer)
+
+    def _check(self, param: Tensor) -> None:
         if param in self._done:
             raise RuntimeError(
                 f"release_gradients=True: a second gradient of a parameter (shape "
@@ -79,16 +110,6 @@ class GradientRelease:
                 "(DDP) are averaged only after they were applied. Use FSDP2 (fully_shard), or "
                 "release_gradients=False"
             )
-        with torch.no_grad():
-            updated = self._update(param)
-        param.grad = None
-        self._done.add(param)
-        if updated is not None:
-            part, norm_sq, layer = updated
-            key = (part.reduction, norm_sq.device)
-            before = self._sums.get(key)
-            self._sums[key] = part, norm_sq if before is None else before[1] + norm_sq
-            self._layers.add(layer)
 
     def finish_step(self) -> tuple[list[Tensor], set[int]]:
         """End the step: gradients may come again.
@@ -102,11 +123,31 @@ class GradientRelease:
         self._layers = set()
         return found
 
+    def leave(self, param: Tensor) -> None:
+        """Take the hook off one parameter."""
+        self._handles.pop(param).remove()
+
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        for param in list(self._handles):
+            self.leave(param)
+
+
+class _Hook:
+    """What a parameter calls; it knows the optimizer's part only as long as that lives."""
+
+    def __init__(self, release: GradientRelease) -> None:
+        self._release = weakref.ref(release)
+
+    def __call__(self, param: Tensor) -> None:
+        release = self._release()
+        if release is not None:
+            release.release(param)
+
+    def leave(self, param: Tensor) -> None:
+        release = self._release()
+        if release is not None:
+            release.leave(param)
 
 
 def _several_ranks() -> bool:

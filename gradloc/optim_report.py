@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradloc.optim_state import state_bytes
 from gradloc.plan import LayerPlan
+from gradloc.wording import bytes_in_words, listed
 
 logger = logging.getLogger("gradloc")
 
@@ -25,8 +26,8 @@ class LayerRow:
 
     name: str
     scale: float
-    num_tensors: int = 0
-    num_elements: int = 0
+    num_model_elements: int  # of the layer, whether the optimizer has them or not
+    num_elements: int = 0  # that train if the layer does
     moment_bytes: int = 0  # on the parameters' device
     offloaded_bytes: int = 0
     num_steps: int = 0  # of the tensor that has taken the most
@@ -38,7 +39,7 @@ def check_in_force(
     *,
     present: Collection[str],
     with_grad: Collection[str],
-    left_out: Collection[str],
+    in_part: Collection[str],
 ) -> None:
     """Check, at the first step of a plan, that its active layers have gradients.
 
@@ -46,36 +47,37 @@ def check_in_force(
         plan: the plan.
         present: layers of which the optimizer has parameters.
         with_grad: the active layers of which a parameter has a gradient.
-        left_out: the active layers of which a parameter has a gradient and is not in the optimizer.
+        in_part: the active layers of which another parameter does not train, as it has
+            requires_grad=False, or has a gradient and is not in the optimizer.
 
     Raises:
         RuntimeError: no active layer has a gradient.
 
     Warns:
-        RuntimeWarning: some active layers have none, or are not whole in the optimizer.
+        RuntimeWarning: some active layers have none, or train only in part.
     """
     without = [name for name in plan.active if name in present and name not in with_grad]
-    remedy = (
-        "Was requires_grad=False set on them, or did backward() not reach them? Set "
-        "requires_grad=True for what the plan trains"
-    )
     if not with_grad:
         raise RuntimeError(
-            f"the plan ({plan.policy}) trains nothing: none of its {len(without)} active layers "
-            f"has a gradient in its first step. {remedy}"
+            f"nothing trains under the plan ({plan.policy}): none of its {len(without)} active "
+            "layers has a gradient in its first step. Did backward() come first, and is "
+            "requires_grad=True set on them? If the model was sharded (fully_shard) or converted "
+            "since the optimizer was made, it has other parameters now: make the optimizer after"
         )
     if without:
         warnings.warn(
             f"the plan ({plan.policy}) is in force, but these active layers have no gradient and "
-            f"do not train: {_shown(without)}. {remedy}",
+            f"do not train: {listed(without)}. Was requires_grad=False set on them, or did "
+            "backward() not reach them?",
             RuntimeWarning,
             stacklevel=4,
         )
-    if left_out:
+    if in_part:
         warnings.warn(
-            f"the plan ({plan.policy}) trains only a part of these layers: {_shown(left_out)}. "
-            "Others of their parameters have gradients but are not in the optimizer; give it all "
-            "parameters, and set requires_grad=False only afterwards",
+            f"the plan ({plan.policy}) trains only a part of these layers: "
+            f"{listed(sorted(in_part))}. Others of their parameters have requires_grad=False, or "
+            "have gradients and are not in the optimizer; give it all parameters, and set "
+            "requires_grad=False only afterwards, on whole layers",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -83,15 +85,15 @@ def check_in_force(
 
 def in_force_line(policy: str, rows: Sequence[LayerRow]) -> str:
     """The line about a plan: layers, parameters, bytes; policy: what made it."""
-    active = [row for row in rows if row.scale > 0]
+    active = [row for row in rows if row.scale > 0 and row.num_elements]
     trained = sum(row.num_elements for row in active)
-    total = sum(row.num_elements for row in rows)
+    total = sum(row.num_model_elements for row in rows)
     away = sum(row.offloaded_bytes for row in rows)
     return (
         f"plan in force ({policy}): {len(active)} of {len(rows)} layers train, "
         f"{trained:,} of {total:,} parameters ({trained / max(total, 1):.1%}); moments "
-        f"{_size(sum(row.moment_bytes for row in rows))}"
-        + (f", {_size(away)} offloaded" if away else "")
+        f"{bytes_in_words(sum(row.moment_bytes for row in rows))}"
+        + (f", {bytes_in_words(away)} offloaded" if away else "")
     )
 
 
@@ -104,9 +106,9 @@ def report_table(headline: str, rows: Sequence[LayerRow]) -> str:
     for row in rows:
         scale = "frozen" if row.scale == 0 else f"{row.scale:.3g}"
         lines.append(
-            f"{row.name:{width}}  {scale:>6}  {row.num_elements:>12,}  {row.num_steps:>6}  "
-            f"{_size(row.moment_bytes):>10}"
-            + (f"  {_size(row.offloaded_bytes):>10}" if away else "")
+            f"{row.name:{width}}  {scale:>6}  {row.num_model_elements:>12,}  {row.num_steps:>6}  "
+            f"{bytes_in_words(row.moment_bytes):>10}"
+            + (f"  {bytes_in_words(row.offloaded_bytes):>10}" if away else "")
             + f"  {'-' if row.norm is None else f'{row.norm:.3e}':>10}"
         )
     return "\n".join(lines)
@@ -115,6 +117,7 @@ def report_table(headline: str, rows: Sequence[LayerRow]) -> str:
 def layer_rows(
     names: Sequence[str],
     scales: Sequence[float],
+    num_elements: Sequence[int] | None,
     params: Iterable[tuple[Tensor, int]],
     states: Mapping[Tensor, dict[str, Any]],
     away: Collection[Tensor],
@@ -124,32 +127,22 @@ def layer_rows(
     Args:
         names: of the layers.
         scales: by layer.
+        num_elements: of the whole layers; None: those of `params`.
         params: the optimizer's parameters, each with the index of its layer.
         states: the optimizer's state.
         away: the parameters whose moments are offloaded.
     """
-    rows = [LayerRow(name, scale) for name, scale in zip(names, scales, strict=True)]
+    whole = [0] * len(names) if num_elements is None else num_elements
+    rows = [LayerRow(*three) for three in zip(names, scales, whole, strict=True)]
     for param, layer in params:
         row, state = rows[layer], states.get(param, {})
-        row.num_tensors += 1
-        row.num_elements += param.numel()
+        if param.requires_grad or param.grad is not None:
+            row.num_elements += param.numel()
+        if num_elements is None:
+            row.num_model_elements += param.numel()
         if param in away:
             row.offloaded_bytes += state_bytes(state)
         else:
             row.moment_bytes += state_bytes(state)
         row.num_steps = max(row.num_steps, int(state.get("step", 0)))
     return rows
-
-
-def _shown(names: Collection[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

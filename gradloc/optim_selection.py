@@ -35,10 +35,11 @@ class Selection:
         self.plan: LayerPlan | None = None
         self._layer_ids: list[list[int]] = []  # by param group, then by parameter
 
-    @property
-    def policy(self) -> str:
-        """What made the plan, in words."""
-        return "no plan" if self.plan is None else self.plan.policy
+    def copy(self) -> Selection:
+        """One that changes by itself."""
+        other = Selection(self.layers)
+        other.plan, other._layer_ids = self.plan, list(self._layer_ids)
+        return other
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Look up the layers of one more param group.
@@ -65,21 +66,35 @@ class Selection:
             return [1.0] * len(self.names)
         return [self.plan.scales[name] for name in self.names]
 
+    def in_force(self) -> LayerPlan:
+        """The plan, or without one the plan under which all that the optimizer has trains."""
+        if self.plan is not None:
+            return self.plan
+        present = self.present()
+        return LayerPlan(
+            {name: float(layer in present) for layer, name in enumerate(self.names)}, "no plan"
+        )
+
+    def num_elements(self) -> list[int] | None:
+        """Elements of each layer of the model; None without layers."""
+        return None if self.layers is None else [layer.num_elements for layer in self.layers]
+
     def present(self) -> set[int]:
         """The layers of which the optimizer has parameters."""
         return {layer for ids in self._layer_ids for layer in ids}
 
-    def left_out(self, groups: Groups) -> set[str]:
-        """Active layers of which some parameter has a gradient and is not in the optimizer."""
-        if self.layers is None:
-            return set()
-        scales = self.scales()
-        ours = {param for param, _ in self.params(groups)}
-        return {
-            self.names[layer]
-            for param, layer in self.layers.known_parameters()
-            if scales[layer] > 0 and param.grad is not None and param not in ours
-        }
+    def in_part(self, groups: Groups) -> set[str]:
+        """Active layers that do not train as a whole.
+
+        Some of their parameters have requires_grad=False, or have a gradient and are not in the
+        optimizer.
+        """
+        scales, pairs = self.scales(), self.params(groups)
+        idle = {layer for param, layer in pairs if not param.requires_grad and param.grad is None}
+        ours = {param for param, _ in pairs}
+        known = () if self.layers is None else self.layers.known_parameters()
+        strange = {layer for param, layer in known if param.grad is not None and param not in ours}
+        return {self.names[layer] for layer in idle | strange if scales[layer] > 0}
 
     def params(self, groups: Groups) -> list[tuple[Tensor, int]]:
         """All parameters, each with the index of its layer."""

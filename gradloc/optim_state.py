@@ -26,10 +26,15 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
 def ensure_state(
     state: dict[str, Any], param: Tensor, dtype: torch.dtype, *, amsgrad: bool
 ) -> bool:
-    """Make what is missing, zero; return whether the parameter had no state at all."""
+    """Make what is missing, zero; return whether the parameter had no state at all.
+
+    Raises:
+        ValueError: the state has only some of an AdamW state's entries.
+    """
     fresh = not state
+    check_whole(state, "state")
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
             state[key] = zeros_like(param, dtype)
@@ -66,12 +71,39 @@ def restore_moments(
             state[key] = saved[key].detach().to(param.device, dtype, copy=True)
 
 
+def is_complete(state: dict[str, Any], *, amsgrad: bool) -> bool:
+    """Whether all that a step needs is there."""
+    return all(key in state for key in ("step", *(MOMENTS if amsgrad else MOMENTS[:2])))
+
+
+def check_whole(state: dict[str, Any], what: str) -> None:
+    """Check that a state is an AdamW state, or none; `max_exp_avg_sq` may come later.
+
+    Raises:
+        ValueError: some entries are there and others are not.
+    """
+    needed = ("step", *MOMENTS[:2])
+    missing = [key for key in needed if key not in state]
+    if missing and (len(missing) < len(needed) or "max_exp_avg_sq" in state):
+        raise ValueError(
+            f"{what} has {', '.join(map(repr, state))} and not {', '.join(map(repr, missing))}: it "
+            "is no AdamW state (that of another optimizer?); clear it to start afresh"
+        )
+
+
 def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
     """Check that a state to be loaded is that of such a parameter.
 
     Raises:
-        ValueError: a moment has another shape, or one of the two is sharded and the other whole.
+        ValueError: entries are missing, a moment has another shape, or one of the two is sharded
+            and the other whole.
     """
+    if saved and "step" not in saved and "exp_avg" not in saved:
+        raise ValueError(
+            f"state_dict: the state of parameter {name} has {', '.join(map(repr, saved))}: it is "
+            "that of another optimizer, not of AdamW"
+        )
+    check_whole(saved, f"state_dict: the state of parameter {name}")
     for key in MOMENTS:
         moment = saved.get(key, param)
         if moment.shape != param.shape:
@@ -89,7 +121,8 @@ def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
 
 def mend_step(state: dict[str, Any]) -> Tensor:
     """Bring `step` to float32 on the CPU: old torch kept numbers, fused AdamW a device tensor."""
-    step = torch.as_tensor(state["step"]).detach()
+    step = state["step"]
+    step = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
     if step.dtype != torch.float32 or step.device.type != "cpu" or step.dim():
         step = step.reshape(()).to("cpu", torch.float32)
     state["step"] = step

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -111,9 +110,10 @@ class PlannedSteps(torch.optim.Optimizer):
         if release is not None:
             release.remove()
         self._release = GradientRelease(self._update_one) if self._release_gradients else None
+        self._came_between = False  # a plan between a backward pass with releases and its step
         self._away: set[Tensor] = set()  # parameters whose moments are offloaded
         self._norms = StepNorms(len(self._selection.names))
-        self._said = self._selection.plan is None  # that the plan is in force
+        self._said = self._selection.layers is None  # that the plan is in force
         self._forget_work()
 
     def _forget_work(self) -> None:
@@ -122,12 +122,15 @@ class PlannedSteps(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Put the plan in force: state where it belongs, work prepared anew, proof to come."""
-        self._said = self._selection.plan is None
+        self._said = self._selection.layers is None
         self._forget_work()
         self._watch()
         active, frozen = self._selection.divide(self.param_groups)
-        put_away(self._on_freeze, frozen, self.state, self._away)
-        bring_back((one.param for one in active), self.state, self._away)
+        self._away = {param for param in self._away if param in self.state}
+        # State that inference mode makes could not be updated later.
+        with torch.inference_mode(False), torch.no_grad():
+            put_away(self._on_freeze, frozen, self.state, self._away)
+            bring_back((one.param for one in active), self.state, self._away)
 
     def _watch(self) -> None:
         if self._release is not None:
@@ -159,14 +162,14 @@ class PlannedSteps(torch.optim.Optimizer):
     def _prove(self, work: StepWork | None, measured: set[int]) -> None:
         """At the first step of a plan: check that what it trains has gradients."""
         chosen = self._selection
-        if self._said or chosen.plan is None:
+        if self._said:
             return
         try:
             optim_report.check_in_force(
-                chosen.plan,
+                chosen.in_force(),
                 present={chosen.names[layer] for layer in chosen.present()},
                 with_grad={chosen.names[layer] for layer in measured},
-                left_out=chosen.left_out(self.param_groups),
+                in_part=chosen.in_part(self.param_groups),
             )
         except (RuntimeError, RuntimeWarning):  # also where warnings are made errors
             if work is not None:
@@ -177,14 +180,14 @@ class PlannedSteps(torch.optim.Optimizer):
         """At the first step of a plan: say in one line that it is in force."""
         self._said = True
         if optim_report.logger.isEnabledFor(logging.INFO):
-            line = optim_report.in_force_line(self._selection.policy, self._rows())
+            line = optim_report.in_force_line(self._selection.in_force().policy, self._rows())
             optim_report.logger.info(line)
 
     def _rows(self) -> list[optim_report.LayerRow]:
         chosen = self._selection
         params = chosen.params(self.param_groups)
         return optim_report.layer_rows(
-            chosen.names, chosen.scales(), params, self.state, self._away
+            chosen.names, chosen.scales(), chosen.num_elements(), params, self.state, self._away
         )
 
     def _amp_unscale(self) -> float | None:
@@ -214,7 +217,8 @@ class PlannedSteps(torch.optim.Optimizer):
 
     def _update_one(self, param: Tensor) -> tuple[Part, Tensor, int] | None:
         """Update one parameter whose gradient has just come (release_gradients)."""
-        if not self._single:
+        assert self._release is not None
+        if not self._single or (not self._release.in_step and self._single_is_stale()):
             active = self._selection.divide(self.param_groups)[0]
             self._single = {one.param: (one.layer, self._work_over([one])) for one in active}
         if param not in self._single:
@@ -239,14 +243,17 @@ class PlannedSteps(torch.optim.Optimizer):
                 release.release(param)
         norm_sqs, measured = release.finish_step()
         self._watch()  # Accelerate may have exchanged the parameters since the optimizer was made
-        works = (work for _, work in self._single.values())
-        if not all(work.is_over(self.param_groups, self.state) for work in islice(works, 1)):
-            self._single = {}
-        self._prove(None, measured)
+        if not self._came_between:
+            self._prove(None, measured)
         self._norms.record(norm_sqs, measured, 1.0)
-        if not self._said:
+        if not self._said and not self._came_between:
             self._say()
+        self._came_between = False
         return loss
+
+    def _single_is_stale(self) -> bool:
+        _, work = next(iter(self._single.values()))
+        return not work.is_over(self.param_groups, self.state)
 
 
 def _number(value: Any) -> float:

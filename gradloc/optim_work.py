@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradloc import backends, ops, sharding
 from gradloc.optim_checks import check_grad, parameter_name
-from gradloc.optim_state import ensure_state, laid_out, mend_step, moment_dtype
+from gradloc.optim_state import ensure_state, is_complete, laid_out, mend_step, moment_dtype
 
 
 class Active(NamedTuple):
@@ -140,8 +140,9 @@ class StepWork:
             return
         found: dict[Any, tuple[list[ops.AdamWSlot], list[int]]] = {}
         for member, one in enumerate(self.active):
-            if not self._states.get(one.param):
-                continue  # it has had no gradient yet
+            state = self._states.get(one.param, {})
+            if not is_complete(state, amsgrad=self._groups[one.group]["amsgrad"]):
+                continue  # it has had no gradient yet, or none since amsgrad was turned on
             slot, kind = self._slot(one)
             slots, members = found.setdefault(kind, ([], []))
             slots.append(slot)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gradloc.files import read_json, write_json
+from gradloc.wording import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +83,9 @@ class LayerPlan:
         if unknown or missing:
             parts = []
             if unknown:
-                parts.append(f"unknown layers {_shown(unknown)}")
+                parts.append(f"unknown layers {quoted(unknown)}")
             if missing:
-                parts.append(f"layers without a scale {_shown(missing)}")
+                parts.append(f"layers without a scale {quoted(missing)}")
             raise ValueError(
                 f"the plan does not fit the model: {'; '.join(parts)}. Make the plan from "
                 "LayerMap.names of this "
@@ -158,8 +159,3 @@ class LayerPlan:
     def __reduce__(self) -> tuple[type[LayerPlan], tuple[dict[str, float], str]]:
         # A mappingproxy neither pickles nor deep-copies; the plan does.
         return LayerPlan, (dict(self.scales), self.policy)
-
-
-def _shown(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gradloc.files import read_json, write_json
-from gradloc.measurement import Measurement, ProfiledLayer, check_measurements, shown
+from gradloc.measurement import Measurement, ProfiledLayer, check_measurements
 from gradloc.profile_file import SCHEMA, VERSION, profile_from_json, profile_to_json
+from gradloc.wording import quoted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,7 +229,7 @@ class GradientProfile:
         model = {layer.name: layer.num_elements for layer in layers}
         mine = {layer.name: layer.num_elements for layer in self.layers}
         parts = [
-            f"{what}: {shown(names)}"
+            f"{what}: {quoted(names)}"
             for what, names in (
                 ("layers only in the profile", [name for name in mine if name not in model]),
                 ("layers only in the model", [name for name in model if name not in mine]),

@@ -165,6 +165,49 @@ def test_no_room_to_offload_leaves_all_as_it_was(monkeypatch):
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_moments_with_gaps_are_offloaded_too():
+    model, opt = make("offload")
+    step(model, opt)
+    state = opt.state[model["b"].weight]
+    values = torch.randn_like(state["exp_avg"])
+    state["exp_avg"] = torch.cat([values, values], dim=1)[:, : values.shape[1]]
+    opt.set_plan(plan_of("a"))
+    assert_same_bits(state["exp_avg"], values, "as it was")
+    opt.set_plan(plan_of(NAMES))
+    step(model, opt)
+
+
+def test_a_failure_of_any_kind_leaves_the_old_plan(monkeypatch):
+    model, opt = make("offload")
+    step(model, opt)
+    real, calls = torch.from_file, []
+
+    def third_fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("unable to mmap")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "from_file", third_fails)
+    with pytest.raises(RuntimeError, match="unable to mmap"):
+        opt.set_plan(plan_of("a"))
+    monkeypatch.undo()
+    assert opt.plan.active == NAMES
+    assert opt.offloaded_bytes() == 0
+    step(model, opt)
+    opt.set_plan(plan_of("a"))
+    assert opt.state_bytes() == moments_of("a", model)
+
+
+def test_in_inference_mode():
+    model, opt = make("offload", fused=False)
+    step(model, opt)
+    opt.set_plan(plan_of("a"))
+    with torch.inference_mode():
+        opt.set_plan(plan_of(NAMES))
+    step(model, opt)
+
+
 def test_an_unknown_mode():
     with pytest.raises(ValueError, match="on_freeze='discard': choose 'keep', 'offload' or 'drop'"):
         make("discard")

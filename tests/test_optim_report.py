@@ -55,7 +55,9 @@ def test_a_plan_under_which_nothing_has_a_gradient_is_an_error(options):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(2):
         give_gradients(model, "ac")
-        with pytest.raises(RuntimeError, match="trains nothing: none of its 1 active layers has"):
+        with pytest.raises(
+            RuntimeError, match=r"nothing trains under the plan .*: none of its 1 active layers has"
+        ):
             opt.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not opt.state
@@ -106,6 +108,49 @@ def test_a_part_of_a_layer_frozen_before_the_optimizer_was_made():
     model["b"].requires_grad_(True)
     give_gradients(model)
     with pytest.warns(RuntimeWarning, match=r"only a part of these layers: b\. Others of their"):
+        opt.step()
+
+
+def test_a_part_of_a_layer_that_requires_no_gradient():
+    model, opt = make(1, 1, 0)
+    model["b"].weight.requires_grad_(False)
+    give_gradients(model, "a")
+    model["b"].bias.grad = torch.ones(4)
+    with pytest.warns(RuntimeWarning, match=r"trains only a part of these layers: b\."):
+        opt.step()
+    assert "2 of 3 layers train, 32 of 84 parameters" in opt.report()
+
+
+def test_back_to_no_plan_is_a_plan_change_too(caplog):
+    model = nn.ModuleDict({name: nn.Linear(6, 4) for name in NAMES})
+    layers = LayerMap.from_model(model)
+    model["b"].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = LocalizedAdamW(trained, layers=layers, plan=LayerPlan({"a": 1, "b": 0, "c": 0}))
+    give_gradients(model, "ac")
+    opt.step()
+    model["b"].requires_grad_(True)
+    opt.set_plan(None)
+    give_gradients(model)
+    with (
+        caplog.at_level(logging.INFO, logger="gradloc"),
+        pytest.warns(RuntimeWarning, match=r"only a part of these layers: b\.|not train: b\."),
+    ):
+        opt.step()
+    assert "plan in force (no plan): 2 of 3 layers train, 56 of 84 parameters" in caplog.text
+
+
+@pytest.mark.parametrize("plan", [None, LayerPlan({"a": 1, "b": 1, "c": 0})], ids=["none", "plan"])
+def test_parameters_exchanged_after_the_optimizer_was_made(plan):
+    """As fully_shard does: the optimizer has parameters that no model has any more."""
+    model = nn.ModuleDict({name: nn.Linear(6, 4) for name in NAMES})
+    layers = LayerMap.from_model(model)
+    opt = LocalizedAdamW(model.named_parameters(), layers=layers, plan=plan)
+    for name in NAMES:
+        model[name].weight = nn.Parameter(model[name].weight.detach().clone())
+        model[name].bias = nn.Parameter(model[name].bias.detach().clone())
+    give_gradients(model)
+    with pytest.raises(RuntimeError, match=r"nothing trains .* it has other parameters now"):
         opt.step()
 
 
