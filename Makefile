@@ -23,6 +23,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/norms.py --json bench/results/norms-local.json
 	$(BIN)/python bench/adamw.py --json bench/results/adamw-local.json
 	$(BIN)/python bench/trace.py --json bench/results/trace-local.json
+	$(BIN)/python bench/rounding.py --json bench/results/rounding-local.json
 
 format: $(VENV)/.checks
 	$(BIN)/ruff format .
