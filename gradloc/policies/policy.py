@@ -6,6 +6,8 @@ itself.
     def attention_only(profile, step=0):
         scales = {name: float("attn" in name) for name in profile.names}
         return LayerPlan(scales, policy="attention only")
+
+    attention_only.needs_profile = False  # it reads only names, so nothing need be traced for it
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class LayerNames(Protocol):
 class Policy(Protocol):
     """A way of choosing layers.
 
-    Two attributes are read where they exist, through `needs_profile` and `retrace_every` below.
+    Two attributes are read where they exist, of a function as well, through the functions below:
+    `needs_profile` (default True: called with a traced profile; False: with layer names alone will
+    do) and `retrace_every` (default None: asked once; else again every so many optimizer steps).
     """
 
     def __call__(self, source: Any, step: int = 0) -> LayerPlan:

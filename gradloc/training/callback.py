@@ -11,6 +11,7 @@ The loop, and saving and loading the optimizer's state with the plan in it, are 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,17 +20,23 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from gradloc.files import write_text
 from gradloc.layers import LayerMap
 from gradloc.optim import LocalizedAdamW
 from gradloc.plan import LayerPlan
 from gradloc.policies import Policy, needs_profile, retrace_every
 from gradloc.profile import GradientProfile
+from gradloc.training.policy_name import policy_name
 from gradloc.training.ranks import agreed, is_distributed, wait_for_all
 from gradloc.training.tracing import Tracing, check_choice, checked_plan
 from gradloc.training.trainer_checks import check_arguments, recomputes_reentrantly
+from gradloc.training.trainer_optimizer import check_optimizer, localized_optimizer, refuse_steps
 
 PLAN_FILE = "plan.json"
 PROFILE_FILE = "profile.json"
+POLICY_FILE = "policy.txt"
+
+_log = logging.getLogger("gradloc")
 
 
 class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -77,14 +84,17 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         self.profile = profile
         self.log_layer_norms = log_layer_norms
         self.freeze_requires_grad = freeze_requires_grad
-        self._given = given
+        self._given = given, profile
         self._plan = given
+        self._used = False  # the plan is that of a run that has begun
+        self._guard: Any = None  # the hook that refuses steps before training begins
         self._frozen: list[torch.nn.Parameter] = []  # whose requires_grad is ours to put back
+        self._left_out: frozenset[str] = frozenset()  # layers that DDP was not shown
         self._trainers_limit: float | None = None  # args.max_grad_norm while it is taken over
 
     @property
     def plan(self) -> LayerPlan:
-        """The plan in force.
+        """The plan in force, or that a run has ended with.
 
         Raises:
             ValueError: it is not chosen yet.
@@ -98,20 +108,24 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
 
         Args:
             args: TrainingArguments. `max_grad_norm` becomes LocalizedAdamW's, which clips by the
-                norm over the active layers; Trainer's own clipping is off during training.
+                norm over the active layers; Trainer's own clipping is off during training. `seed`
+                also becomes that of stochastic rounding.
             options: more keyword arguments of LocalizedAdamW, such as `on_freeze`.
 
         Raises:
             ValueError: settings that cannot work: DeepSpeed, FSDP1, and `release_gradients` with
-                gradient accumulation.
+                gradient accumulation, clipping or tracing during training.
         """
-        check_arguments(args, options)
         self._give_back_clipping(args)
+        self._unfreeze()  # after a run that was interrupted: frozen, they would be in no group
+        retraces = self.every is not None and needs_profile(self._policy())
+        check_arguments(args, options, retraces=retraces)
         usual = {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
             "max_grad_norm": args.max_grad_norm or None,
+            "seed": args.seed,
         }
 
         # A class, because newer Trainers call anything else with the model and not with groups.
@@ -128,8 +142,9 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
 
         For a look at the plan before training, and for several processes: frozen layers can then
         get requires_grad=False before DDP wraps the model. A resumed run takes the plan of its
-        checkpoint in any case.
+        checkpoint in any case. After a run, chooses for the next one.
         """
+        self._forget_earlier_run()
         if self._plan is None:
             self._plan = self._chosen(args, step=0)
         return self._plan
@@ -147,23 +162,34 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the plan that the optimizer loaded, or choose one."""
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
         localized = localized_optimizer(kwargs["optimizer"])
-        self._check_optimizer(localized, args)
-        loaded = localized.plan
-        if self._given is not None:
-            if loaded is not None and dict(loaded.scales) != dict(self._given.scales):
+        check_optimizer(localized, self.layers, args)
+        self._forget_earlier_run()
+        loaded, given = localized.plan, self._given[0]
+        if given is not None:
+            if loaded is not None and dict(loaded.scales) != dict(given.scales):
                 raise ValueError(
                     f"the optimizer came with another plan ({loaded.policy}) than the one given "
-                    f"({self._given.policy}): resume with the same one, or begin another run from "
+                    f"({given.policy}): resume with the same one, or begin another run from "
                     "the model in the checkpoint"
                 )
-            chosen = self._given
-        elif loaded is not None:
+            chosen = given
+        elif loaded is not None and state.global_step:
             chosen = checked_plan(loaded, self.layers)
-        else:
+        else:  # at step 0 the optimizer's can only be ours, or that of an earlier run
             chosen = self._plan or self._chosen(args, step=state.global_step)
-        self._plan = chosen
-        if loaded is None:
+        if lost := sorted(self._left_out.intersection(chosen.active)):
+            raise ValueError(
+                f"the plan ({chosen.policy}) trains {', '.join(lost)}, frozen by requires_grad "
+                "before the model was wrapped for several processes, whose gradients would not be "
+                "averaged: use freeze_requires_grad=False (and a new Trainer), or resume with the "
+                "policy of the checkpoint"
+            )
+        self._plan, self._used = chosen, True
+        if loaded != chosen:
             localized.set_plan(chosen)
         if state.global_step:
             self._mend_checkpoint(args, state)
@@ -247,14 +273,26 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         self, args: Any, params: Iterable[Any], kwargs: dict[str, Any]
     ) -> LocalizedAdamW:
         """The optimizer, when Trainer asks for it: the model is in place and not wrapped yet."""
-        if self._plan is None and not needs_profile(self._policy()):
+        self._forget_earlier_run()
+        # Tracing waits for training to begin, when a resumed run has its plan, unless the optimizer
+        # puts hooks on the parameters that tracing would run.
+        early = bool(kwargs.get("release_gradients"))
+        if self._plan is None and (early or not needs_profile(self._policy())):
             self._plan = self._chosen(args, step=0)
         groups = [group for group in params if not isinstance(group, dict) or group["params"]]
         optimizer = LocalizedAdamW(groups, layers=self.layers, plan=self._plan, **kwargs)
         if self._plan is not None:
             # Only now: a parameter that is frozen when Trainer makes its groups is in none.
             self._freeze(args)
+        if is_distributed():
+            self._left_out = frozenset(self.plan.frozen) if self._frozen else frozenset()
+        self._guard = refuse_steps(optimizer)
         return optimizer
+
+    def _forget_earlier_run(self) -> None:
+        """Let another run begin as the first did: its policy chooses from step 0 on."""
+        if self._used:
+            (self._plan, self.profile), self._used = self._given, False
 
     def _policy(self) -> Policy:
         assert self.policy is not None
@@ -270,21 +308,6 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
                 self.profile = self.tracing.trace(self.model, self.layers, args, step)
             source = self.profile
         return agreed(checked_plan(policy(source, step=step), self.layers))
-
-    def _check_optimizer(self, localized: LocalizedAdamW, args: Any) -> None:
-        layers = localized.layers
-        if layers is None or layers.names != self.layers.names:
-            raise ValueError(
-                "the optimizer was made with other layers than the callback: make it by "
-                "Trainer(optimizer_cls_and_kwargs=callback.optimizer(args)), or with "
-                "LocalizedAdamW(..., layers=callback.layers)"
-            )
-        if args.max_grad_norm and localized.max_grad_norm is None:
-            raise ValueError(
-                f"args.max_grad_norm={args.max_grad_norm!r} and LocalizedAdamW has none: Trainer "
-                "would clip by a norm that counts frozen layers. Give max_grad_norm to "
-                "LocalizedAdamW (callback.optimizer(args) does), or set args.max_grad_norm=0"
-            )
 
     def _give_back_clipping(self, args: Any) -> None:
         if self._trainers_limit is not None:
@@ -310,6 +333,14 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
         """Find the profile again, and write what a kill kept `on_save` from writing."""
         output = Path(args.output_dir)
         checkpoint = output / f"checkpoint-{state.global_step}"
+        if self.policy is not None and (checkpoint / POLICY_FILE).is_file():
+            before = (checkpoint / POLICY_FILE).read_text(encoding="utf-8").strip()
+            if before != (now := policy_name(self.policy)):
+                _log.warning(
+                    "%s was written with another policy (%s) than that given (%s): its plan stays "
+                    "in force until the policy chooses again, if ever",
+                    *(checkpoint, before, now),
+                )
         if self.policy is not None and needs_profile(self.policy):
             for folder in (checkpoint, output):
                 if (folder / PROFILE_FILE).is_file():
@@ -326,22 +357,6 @@ class LocalizationCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     def _save_choice(self, folder: Path) -> None:
         if self.profile is not None:
             self.profile.save(folder / PROFILE_FILE)
+        if self.policy is not None:
+            write_text(folder / POLICY_FILE, policy_name(self.policy) + "\n")
         self.plan.save(folder / PLAN_FILE)
-
-
-def localized_optimizer(optimizer: Any) -> LocalizedAdamW:
-    """The LocalizedAdamW inside the wrappers that Accelerate puts around an optimizer.
-
-    Raises:
-        TypeError: there is none.
-    """
-    inner = optimizer
-    while not isinstance(inner, LocalizedAdamW):
-        inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise TypeError(
-                f"the optimizer is a {type(optimizer).__name__}, not LocalizedAdamW: pass "
-                "Trainer(optimizer_cls_and_kwargs=callback.optimizer(args)), or use "
-                "LocalizedTrainer"
-            )
-    return inner

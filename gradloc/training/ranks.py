@@ -10,8 +10,12 @@ from gradloc.plan import LayerPlan
 
 
 def is_distributed() -> bool:
-    """Whether this process trains together with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether this process was started to train together with others.
+
+    Also a launch of one process (`torchrun --nproc-per-node 1`): Trainer wraps the model in DDP
+    there, which breaks if frozen layers lose requires_grad afterwards.
+    """
+    return dist.is_available() and dist.is_initialized()
 
 
 def agreed(plan: LayerPlan) -> LayerPlan:

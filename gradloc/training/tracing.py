@@ -5,6 +5,7 @@ Chooses no layer and knows no Trainer loop; `LocalizationCallback` says when.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -89,8 +90,15 @@ def check_choice(
             )
         if profile is None:
             raise ValueError(
-                "the policy needs a profile: give one, or probes and reference batches (tracing)"
+                "the policy needs a profile: give one, or probes and reference batches (tracing); "
+                f"or set `{_said(policy)}.needs_profile = False` if it reads only layer names"
             )
+
+
+def _said(policy: Policy) -> str:
+    """The name of a function of the user's own; of anything else, the word."""
+    name = getattr(policy, "__name__", "policy")
+    return name if name.isidentifier() else "policy"
 
 
 def checked_plan(plan: LayerPlan, layers: LayerMap) -> LayerPlan:
@@ -109,6 +117,8 @@ def checked_plan(plan: LayerPlan, layers: LayerMap) -> LayerPlan:
 
 
 def _autocast(args: Any) -> AbstractContextManager[Any]:
-    if args.bf16 or args.fp16:
-        return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-    return nullcontext()
+    kind = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    # Of `accelerate launch --mixed_precision`, which Trainer follows where args say nothing.
+    kind = kind or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind)
+    return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)

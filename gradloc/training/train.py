@@ -6,11 +6,9 @@ starts the Trainer and saves what came out. Reading corpora is in `gradloc.train
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from gradloc.training import run_folder
 from gradloc.training.checkpoints import is_finished, remove_later_checkpoints
 from gradloc.training.config import TrainConfig
 from gradloc.training.model_guard import keeping_flags, keeping_use_cache, without_saving_bars
+from gradloc.training.policy_name import policy_name
 from gradloc.training.ranks import wait_for_all
 from gradloc.training.tracing import Tracing, check_choice
 
@@ -114,7 +113,7 @@ def train(
     checkpoint = run_folder.open_run_folder(output, resume=resume, overwrite=overwrite)
     settings = {
         **config.decisive(),
-        "choice": _name(policy) if plan is None else f"plan: {plan.policy}",
+        "choice": policy_name(policy) if plan is None else f"plan: {plan.policy}",
         "layers": _digest("\n".join(layer_map.names).encode()),
         "corpus": _dataset_digest(dataset),
     }
@@ -206,7 +205,7 @@ def _finish(
     about: Mapping[str, Any],
     seconds: float,
 ) -> TrainResult:
-    from gradloc.training.callback import localized_optimizer
+    from gradloc.training.trainer_optimizer import localized_optimizer
 
     localization = trainer.localization
     optimizer = localized_optimizer(trainer.optimizer)
@@ -254,28 +253,6 @@ def _save_choice(output: Path, localization: LocalizationCallback) -> None:
     localization.plan.save(output / "plan.json")
     if localization.profile is not None:
         localization.profile.save(output / "profile.json")
-
-
-def _name(policy: Any) -> str:
-    """What a policy is, in words that are the same in the process that resumes its run.
-
-    Dataclasses say their settings, functions and types their module and name; an address never
-    appears. Also names the settings inside.
-    """
-    if isinstance(policy, partial):
-        words = [_name(part) for part in (policy.func, *policy.args)]
-        words += [f"{key}={_name(value)}" for key, value in sorted(policy.keywords.items())]
-        return f"partial({', '.join(words)})"
-    if is_dataclass(policy) and not isinstance(policy, type):
-        words = [f"{field.name}={_name(getattr(policy, field.name))}" for field in fields(policy)]
-        return f"{type(policy).__qualname__}({', '.join(words)})"
-    shown = repr(policy)
-    if not hasattr(policy, "__qualname__") and not re.search(r"\bat 0x[0-9a-fA-F]+", shown):
-        return shown
-    if isinstance(policy, (tuple, list)):
-        return f"[{', '.join(_name(part) for part in policy)}]"
-    named = policy if hasattr(policy, "__qualname__") else type(policy)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _digest(content: bytes) -> str:

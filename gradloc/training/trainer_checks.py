@@ -11,11 +11,17 @@ from typing import Any
 import torch
 
 
-def check_arguments(args: Any, options: dict[str, Any]) -> None:
+def check_arguments(args: Any, options: dict[str, Any], *, retraces: bool = False) -> None:
     """Check TrainingArguments, and options for LocalizedAdamW, against one another.
 
+    Args:
+        args: TrainingArguments.
+        options: keyword arguments of LocalizedAdamW beside Trainer's settings.
+        retraces: whether the model will be traced during training.
+
     Raises:
-        ValueError: DeepSpeed; FSDP1; `release_gradients` with gradient accumulation.
+        ValueError: DeepSpeed; FSDP1; `release_gradients` with gradient accumulation, clipping or
+            tracing during training.
     """
     if getattr(args, "deepspeed", None) or _environment("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -31,13 +37,8 @@ def check_arguments(args: Any, options: dict[str, Any]) -> None:
             "several layers into one, so no layer can be chosen. Use FSDP2: "
             "fsdp_config={'version': 2}, or fsdp_version: 2 in Accelerate's configuration"
         )
-    steps = args.gradient_accumulation_steps
-    if options.get("release_gradients") and steps > 1:
-        raise ValueError(
-            f"release_gradients=True with args.gradient_accumulation_steps={steps}: each backward "
-            "pass would be a step of its own. Use gradient_accumulation_steps=1 and a larger "
-            "batch, or leave release_gradients out"
-        )
+    if options.get("release_gradients"):
+        _check_release(args, retraces)
 
 
 def recomputes_reentrantly(args: Any, model: torch.nn.Module) -> bool:
@@ -55,6 +56,28 @@ def recomputes_reentrantly(args: Any, model: torch.nn.Module) -> bool:
     given = getattr(args, f"{new}_kwargs", None) or getattr(args, f"{old}_kwargs", None) or {}
     # Trainers that know the newer name are not reentrant by default; the older ones are.
     return bool(given.get("use_reentrant", not hasattr(args, new)))
+
+
+def _check_release(args: Any, retraces: bool) -> None:
+    steps = args.gradient_accumulation_steps
+    if steps > 1:
+        raise ValueError(
+            f"release_gradients=True with args.gradient_accumulation_steps={steps}: each backward "
+            "pass would be a step of its own. Use gradient_accumulation_steps=1 and a larger "
+            "batch, or leave release_gradients out"
+        )
+    if args.max_grad_norm:
+        raise ValueError(
+            f"release_gradients=True with args.max_grad_norm={args.max_grad_norm!r} (Trainer's "
+            "default is 1.0): the norm over all layers is known only when the first ones are "
+            "updated already. Set args.max_grad_norm=0, or leave release_gradients out"
+        )
+    if retraces:
+        raise ValueError(
+            "release_gradients=True with a policy that traces during training: the backward "
+            "passes of the trace would update the model. Use a policy that traces at the start "
+            "only, or leave release_gradients out"
+        )
 
 
 def _fsdp_version(args: Any) -> int | None:

@@ -5,9 +5,12 @@
 For each API and policy trains once undisturbed in FOLDER/API-POLICY/whole, and in .../killed with
 five kills, each followed by a start from the last complete checkpoint. A child is a process of its
 own (a fork, so that imports are paid for once) and always ends by SIGKILL, its own or this
-process's, or by finishing. Prints a line a life; the comparison is the test's.
+process's, or by finishing. Prints a line a life and writes FOLDER/API-POLICY/lives.json, a list of
+{place, killed, complete: step of the last complete checkpoint before the life, began: global step
+of its first step, or null if it took none}. The comparisons are the test's.
 """
 
+import json
 import os
 import random
 import signal
@@ -34,11 +37,12 @@ from gradloc.training.localized_trainer import collate_blocks
 from gradloc.training.tracing import Tracing
 from gradloc.training.train import train
 
-STEPS = 24
+STEPS = 32
 KILLS = 5
 LONGEST_LIFE_S = 60
-# Where a life ends: in the middle of a step, or of the writing of a file (cut at a random length),
-# or whenever a new checkpoint's folder is seen from outside.
+# Where a life ends: in the middle of a step, or of the writing of a file (cut at a random length)
+# of its second or third checkpoint, or whenever a new checkpoint's folder is seen from outside. So
+# each life but for the last kind leaves a checkpoint of its own, and the next begins above step 0.
 PLACES = ("step", "model", "optimizer.pt", "scheduler.pt", "rng_state.pth", "state", "plan")
 
 
@@ -120,6 +124,17 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class TellStart(TrainerCallback):
+    """Writes down the step that a life began with, as the training itself has it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.file.exists():
+            self.file.write_text(str(state.global_step))
+
+
 class DieInStep(TrainerCallback):
     """Between the backward pass and the update, some steps after the start of this life."""
 
@@ -141,13 +156,20 @@ def cut_and_die(file, draw):
 def arm(place, draw):
     """Let this process die at the place; callbacks for the run."""
     if place == "step":
-        return [DieInStep(draw.randrange(4))]
+        return [DieInStep(draw.randrange(2, 6))]
+    left = [draw.randrange(1, 3)]  # checkpoints that are written before
+
+    def is_time():
+        left[0] -= 1
+        return left[0] < 0
+
     if place == "model":
         save = GPT2LMHeadModel.save_pretrained
 
         def save_pretrained(self, folder, *args, **kwargs):
             save(self, folder, *args, **kwargs)
-            cut_and_die(Path(folder) / "model.safetensors", draw)
+            if is_time():
+                cut_and_die(Path(folder) / "model.safetensors", draw)
 
         GPT2LMHeadModel.save_pretrained = save_pretrained
     elif place == "state":
@@ -155,33 +177,43 @@ def arm(place, draw):
 
         def cut(self, path):
             save_to_json(self, path)
-            cut_and_die(path, draw)
+            if is_time():
+                cut_and_die(path, draw)
 
         TrainerState.save_to_json = cut
     elif place == "plan":
-        LocalizationCallback._save_choice = lambda self, folder: (
-            die() if "checkpoint" in folder.name else None
-        )
+        save_choice = LocalizationCallback._save_choice
+
+        def save_and_die(self, folder):
+            if is_time():
+                die()
+            save_choice(self, folder)
+
+        LocalizationCallback._save_choice = save_and_die
     else:
         save_any = torch.save
 
-        def save_and_die(value, file, *args, **kwargs):
+        def save_and_cut(value, file, *args, **kwargs):
             save_any(value, file, *args, **kwargs)
-            if str(file).endswith(place):
+            if str(file).endswith(place) and is_time():
                 cut_and_die(file, draw)
 
-        torch.save = save_and_die
+        torch.save = save_and_cut
     return []
 
 
 def live(api, policy, output, place=None, draw=None):
-    """One life of the training; whether it was killed."""
+    """One life of the training, and what lives.json says of it."""
     before = set(output.glob("checkpoint-*"))
+    complete = last_complete_checkpoint(output)
+    start = output.parent / "began"
+    start.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            run(api, policy, output, arm(place, draw) if place not in (None, "outside") else [])
+            armed = arm(place, draw) if place not in (None, "outside") else []
+            run(api, policy, output, [TellStart(start), *armed])
             status = 0
         except BaseException:
             import traceback
@@ -195,7 +227,7 @@ def live(api, policy, output, place=None, draw=None):
     while not ended:
         late = time.monotonic() > deadline
         if late or (place == "outside" and set(output.glob("checkpoint-*")) - before):
-            time.sleep(draw.random() * 0.03 if not late else 0)
+            time.sleep(draw.random() * 0.01 if not late else 0)
             os.kill(child, signal.SIGKILL)
             ended, status = os.waitpid(child, 0)
             assert not late, "a training hung"
@@ -206,8 +238,13 @@ def live(api, policy, output, place=None, draw=None):
     assert killed or status == 0, f"a life ended with status {status}"
     found = last_complete_checkpoint(output)
     names = sorted(path.name for path in output.glob("checkpoint-*"))
-    print(f"{place}: {'killed' if killed else 'finished'}, {found and found.name} of {names}")
-    return killed
+    began = int(start.read_text()) if start.exists() else None
+    print(
+        f"{place}: from {began}, {'killed' if killed else 'finished'}, "
+        f"{found and found.name} of {names}"
+    )
+    step = int(complete.name.removeprefix("checkpoint-")) if complete else 0
+    return {"place": place, "killed": killed, "complete": step, "began": began}
 
 
 def scenario(folder, api, policy, seed):
@@ -218,9 +255,12 @@ def scenario(folder, api, policy, seed):
     print(f"{api}, {policy}, seed {seed}: {places}")
     (folder / "killed").mkdir(parents=True)
     live(api, policy, folder / "whole")
-    kills = sum(live(api, policy, folder / "killed", place, draw) for place in places)
+    lives = [live(api, policy, folder / "killed", place, draw) for place in places]
+    kills = sum(life["killed"] for life in lives)
     assert kills == KILLS, f"only {kills} kills before the run was over"
-    assert not live(api, policy, folder / "killed")
+    lives.append(live(api, policy, folder / "killed"))
+    assert not lives[-1]["killed"]
+    (folder / "lives.json").write_text(json.dumps(lives))
 
 
 def main(folder, seed):

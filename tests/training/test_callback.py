@@ -31,9 +31,10 @@ from gradloc import (
     TracedGradientPolicy,
     trace_gradients,
 )
-from gradloc.training.callback import LocalizationCallback, localized_optimizer
+from gradloc.training.callback import LocalizationCallback
 from gradloc.training.checkpoints import last_complete_checkpoint
 from gradloc.training.localized_trainer import LocalizedTrainer, collate_blocks
+from gradloc.training.trainer_optimizer import localized_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from gradloc import AllLayers, LayerPlan, RandomLayers, Retrace, TracedGradientPolicy
 from gradloc.training.config import TrainConfig
 from gradloc.training.corpus import packed_corpus
-from gradloc.training.train import _name, train
+from gradloc.training.policy_name import policy_name
+from gradloc.training.train import train
 
 
 class StopAt(TrainerCallback):
@@ -74,6 +75,6 @@ def test_names_of_policies():
         f"{__name__}.Both": Both,
     }
     for expected, policy in cases.items():
-        assert _name(policy) == expected
+        assert policy_name(policy) == expected
     traced = TracedGradientPolicy(threshold=("top_k", 2), kinds=("new",))
-    assert _name(traced) == repr(traced)
+    assert policy_name(traced) == repr(traced)
