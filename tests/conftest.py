@@ -169,3 +169,18 @@ def probe_file(tmp_path_factory) -> Path:
         rows.append({"text": text, "spans": [[start, start + len(town)]], "kind": kind})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+# Those of tests/training, where `small_runs` stands: a conftest.py there would hide this file.
+@pytest.fixture(scope="session")
+def dataset(tokenizer, text_file):
+    from small_runs import make_dataset
+
+    return make_dataset(tokenizer, text_file)
+
+
+@pytest.fixture(scope="session")
+def tracing(tokenizer, text_file, probe_file):
+    from small_runs import make_tracing
+
+    return make_tracing(tokenizer, text_file, probe_file)

@@ -11,8 +11,6 @@ from small_runs import (
     assert_close,
     assert_equal,
     attention_plan,
-    make_dataset,
-    make_tracing,
     model_and_method,
     parameters,
     plain_trainer,
@@ -35,16 +33,6 @@ from gradloc.training.callback import LocalizationCallback
 from gradloc.training.checkpoints import last_complete_checkpoint
 from gradloc.training.localized_trainer import LocalizedTrainer, collate_blocks
 from gradloc.training.trainer_optimizer import localized_optimizer
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer, text_file):
-    return make_dataset(tokenizer, text_file)
-
-
-@pytest.fixture(scope="module")
-def tracing(tokenizer, text_file, probe_file):
-    return make_tracing(tokenizer, text_file, probe_file)
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from small_runs import (
     assert_close,
     assert_equal,
     attention_plan,
-    make_dataset,
-    make_tracing,
     model_and_method,
     parameters,
     plain_trainer,
@@ -41,16 +39,6 @@ from gradloc.training.trainer_optimizer import localized_optimizer
 
 # How older versions of Accelerate ask for autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer, text_file):
-    return make_dataset(tokenizer, text_file)
-
-
-@pytest.fixture(scope="module")
-def tracing(tokenizer, text_file, probe_file):
-    return make_tracing(tokenizer, text_file, probe_file)
 
 
 class Plans(TrainerCallback):

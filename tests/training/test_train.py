@@ -8,8 +8,6 @@ from conftest import make_gpt2
 from small_runs import (
     assert_equal,
     attention_plan,
-    make_dataset,
-    make_tracing,
     parameters,
     settings,
     without_dropout,
@@ -28,16 +26,6 @@ from gradloc import (
 )
 from gradloc.training.localized_trainer import collate_blocks, training_arguments, use_one_device
 from gradloc.training.train import train
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer, text_file):
-    return make_dataset(tokenizer, text_file)
-
-
-@pytest.fixture(scope="module")
-def tracing(tokenizer, text_file, probe_file):
-    return make_tracing(tokenizer, text_file, probe_file)
 
 
 def test_training_all_layers_is_trainer_with_adamw(tokenizer, dataset, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import make_gpt2
-from small_runs import make_dataset, make_tracing, settings
+from small_runs import settings
 
 from gradloc import (
     AllLayers,
@@ -14,16 +14,6 @@ from gradloc import (
     TracedGradientPolicy,
 )
 from gradloc.training.train import train
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer, text_file):
-    return make_dataset(tokenizer, text_file)
-
-
-@pytest.fixture(scope="module")
-def tracing(tokenizer, text_file, probe_file):
-    return make_tracing(tokenizer, text_file, probe_file)
 
 
 def test_choices_that_cannot_be(gpt2, tokenizer, dataset, tracing, tmp_path):

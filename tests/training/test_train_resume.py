@@ -13,8 +13,6 @@ from small_runs import (
     StopAt,
     assert_equal,
     attention_plan,
-    make_dataset,
-    make_tracing,
     parameters,
     settings,
 )
@@ -22,16 +20,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gradloc import RandomLayers, Retrace, TracedGradientPolicy
 from gradloc.training.train import train
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer, text_file):
-    return make_dataset(tokenizer, text_file)
-
-
-@pytest.fixture(scope="module")
-def tracing(tokenizer, text_file, probe_file):
-    return make_tracing(tokenizer, text_file, probe_file)
 
 
 @pytest.mark.parametrize("choice", ["plan", "traced", "retraced", "random", "accumulated"])

@@ -12,7 +12,6 @@ from small_runs import (
     assert_close,
     assert_equal,
     attention_plan,
-    make_dataset,
     model_and_method,
     parameters,
     plain_trainer,
@@ -34,11 +33,6 @@ RECOMPUTE = next(
     if name in TrainingArguments.__dataclass_fields__
 )
 CHANGING = Retrace(RandomLayers(count=3, seed=5), every=2)
-
-
-@pytest.fixture(scope="module")
-def dataset(tokenizer, text_file):
-    return make_dataset(tokenizer, text_file)
 
 
 def plan_at(model, step):
