@@ -12,8 +12,14 @@ namespace gradloc {
 // What a param group says, as torch.optim.AdamW means it.
 struct AdamWGroup {
   double lr, beta1, beta2, eps, weight_decay;
+  double log_beta1, log_beta2;  // of a beta of 0, minus infinity
   bool maximize;
 };
+
+inline AdamWGroup adamw_group(double lr, double beta1, double beta2, double eps,
+                              double weight_decay, bool maximize) {
+  return {lr, beta1, beta2, eps, weight_decay, std::log(beta1), std::log(beta2), maximize};
+}
 
 // The scalars of one tensor in one step, rounded to float32 once.
 struct AdamWScalars {
@@ -28,10 +34,13 @@ struct AdamWScalars {
   float eps;                    //
 };
 
-// step: t, counted from 1, of this tensor. lr_scale: s, the layer's scale. clip_coef: in [0, 1].
-inline AdamWScalars adamw_scalars(const AdamWGroup& group, double step, double lr_scale,
-                                  double clip_coef) {
-  const double lr = group.lr * lr_scale;
+// lr: the group's. step: t, counted from 1, of this tensor. lr_scale: s, the layer's scale.
+// clip_coef: what gradients are multiplied by. 1 - β^t is taken as -expm1(t·log β): an exponential
+// costs a GPU far less than a power.
+GRADLOC_HOST_DEVICE static inline AdamWScalars adamw_scalars(const AdamWGroup& group, double lr,
+                                                             double step, double lr_scale,
+                                                             double clip_coef) {
+  lr *= lr_scale;
   AdamWScalars scalars;
   scalars.grad_coef = static_cast<float>(group.maximize ? -clip_coef : clip_coef);
   scalars.decay = static_cast<float>(1.0 - lr * group.weight_decay);
@@ -39,10 +48,18 @@ inline AdamWScalars adamw_scalars(const AdamWGroup& group, double step, double l
   scalars.one_minus_beta1 = static_cast<float>(1.0 - group.beta1);
   scalars.beta2 = static_cast<float>(group.beta2);
   scalars.one_minus_beta2 = static_cast<float>(1.0 - group.beta2);
-  scalars.step_size = static_cast<float>(lr / (1.0 - std::pow(group.beta1, step)));
-  scalars.bias_correction2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(group.beta2, step)));
+  scalars.step_size = static_cast<float>(lr / -std::expm1(step * group.log_beta1));
+  scalars.bias_correction2_sqrt =
+      static_cast<float>(std::sqrt(-std::expm1(step * group.log_beta2)));
   scalars.eps = static_cast<float>(group.eps);
   return scalars;
+}
+
+// What adamw_element needs of its F, for one float.
+GRADLOC_HOST_DEVICE static inline float square_root(float x) { return std::sqrt(x); }
+// NaN in either operand stays NaN, as in torch.maximum.
+GRADLOC_HOST_DEVICE static inline float maximum(float x, float y) {
+  return x != x || x > y ? x : y;
 }
 
 // One AdamW update (Loshchilov & Hutter 2019, Algorithm 2; torch.optim.AdamW):

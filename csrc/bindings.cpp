@@ -14,17 +14,22 @@
 #include "cpu/adamw_step.h"
 #include "cpu/dispatch.h"
 #include "cpu/norms.h"
+#include "gradients_bindings.h"
 #include "work.h"
 #ifdef GRADLOC_CUDA
 #include "cuda/runtime.h"
+#include "cuda_bindings.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
 
+using gradloc::Addresses;
+using gradloc::check_length;
 using gradloc::DType;
-using Addresses = std::vector<uintptr_t>;
+using gradloc::dtypes;
+using gradloc::PyGradients;
 // lr, beta1, beta2, eps, weight_decay, maximize
 using GroupTuple = std::tuple<double, double, double, double, double, bool>;
 
@@ -35,36 +40,16 @@ std::vector<T*> pointers(const Addresses& addresses) {
   return out;
 }
 
-std::vector<DType> dtypes(const std::vector<int32_t>& codes) {
-  std::vector<DType> out(codes.size());
-  for (size_t i = 0; i < out.size(); ++i) {
-    if (codes[i] < 0 || codes[i] >= gradloc::kNumDTypes) {
-      throw std::invalid_argument("dtype code " + std::to_string(codes[i]) + " is unknown");
-    }
-    out[i] = static_cast<DType>(codes[i]);
-  }
-  return out;
+PyGradients make_gradients(const Addresses& addresses, const std::vector<int32_t>& codes,
+                           std::vector<py::object> kept) {
+  check_length("codes", codes.size(), addresses.size());
+  return {{pointers<const void>(addresses), dtypes(codes)}, std::move(kept)};
 }
 
-void check_length(const char* what, size_t length, size_t expected) {
-  if (length != expected) {
-    throw std::invalid_argument(std::string(what) + " has " + std::to_string(length) +
-                                " entries, expected " + std::to_string(expected));
-  }
-}
-
-gradloc::Grads make_grads(const gradloc::Work& work, const Addresses& data,
-                          const std::vector<int32_t>& codes) {
-  check_length("grads", data.size(), work.num_tensors());
-  check_length("grad_dtypes", codes.size(), work.num_tensors());
-  return {pointers<const void>(data), dtypes(codes)};
-}
-
-void take_norms(gradloc::Work& work, const Addresses& grads, const std::vector<int32_t>& codes,
-                uintptr_t out, int num_threads) {
-  const gradloc::Grads list = make_grads(work, grads, codes);
+void take_norms(gradloc::Work& work, const PyGradients& grads, uintptr_t out, int num_threads) {
+  check_length("grads", grads.list.data.size(), work.num_tensors());
   py::gil_scoped_release release;
-  gradloc::cpu::layer_norm_sq(work, list, reinterpret_cast<double*>(out), num_threads);
+  gradloc::cpu::layer_norm_sq(work, grads.list, reinterpret_cast<double*>(out), num_threads);
 }
 
 struct NormWork {
@@ -98,23 +83,17 @@ struct AdamWWork {
     check_length("groups", tensors.groups.size(), n);
     check_length("tensor_ids", tensors.tensor_ids.size(), n);
     check_length("first_elements", tensors.first_elements.size(), n);
-    for (size_t i = 0; i < n; ++i) {
-      if (tensors.moment_dtypes[i] == DType::kFloat16) {
-        throw std::invalid_argument("moments of tensor " + std::to_string(i) +
-                                    " are float16: float32 or bfloat16");
-      }
-    }
+    for (size_t i = 0; i < n; ++i) gradloc::check_moment_dtype(tensors.moment_dtypes[i], i);
   }
 
-  void step(const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
-            const std::vector<GroupTuple>& group_tuples, const std::vector<double>& scales,
-            double clip_coef, uintptr_t norm_sq_out, std::optional<uint64_t> rounding_seed,
-            int num_threads) {
-    const gradloc::Grads list = make_grads(work, grads, grad_dtypes);
+  void step(const PyGradients& grads, const std::vector<GroupTuple>& group_tuples,
+            const std::vector<double>& scales, double clip_coef, uintptr_t norm_sq_out,
+            std::optional<uint64_t> rounding_seed, int num_threads) {
+    check_length("grads", grads.list.data.size(), work.num_tensors());
     check_length("scales", scales.size(), static_cast<size_t>(work.num_layers));
     std::vector<gradloc::AdamWGroup> groups;
     for (const auto& [lr, beta1, beta2, eps, weight_decay, maximize] : group_tuples) {
-      groups.push_back({lr, beta1, beta2, eps, weight_decay, maximize});
+      groups.push_back(gradloc::adamw_group(lr, beta1, beta2, eps, weight_decay, maximize));
     }
     for (int32_t group : tensors.groups) {
       if (group < 0 || static_cast<size_t>(group) >= groups.size()) {
@@ -122,7 +101,7 @@ struct AdamWWork {
       }
     }
     py::gil_scoped_release release;
-    gradloc::cpu::adamw_step(work, tensors, list, groups, scales, clip_coef,
+    gradloc::cpu::adamw_step(work, tensors, grads.list, groups, scales, clip_coef,
                              reinterpret_cast<double*>(norm_sq_out), rounding_seed, num_threads);
   }
 };
@@ -160,6 +139,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_simd", &gradloc::cpu::select_simd, py::arg("name"),
         "Force an instruction set: 'auto', 'avx512', 'avx2' or 'plain'.");
 
+  py::class_<PyGradients>(m, "Gradients",
+                          "The gradients of a step, in the order of a work's tensors.")
+      .def(py::init(&make_gradients), py::arg("addresses"), py::arg("codes"), py::arg("kept"))
+      .def_property_readonly("codes",
+                             [](const PyGradients& self) {
+                               std::vector<int32_t> codes;
+                               for (DType dtype : self.list.dtypes) {
+                                 codes.push_back(static_cast<int32_t>(dtype));
+                               }
+                               return codes;
+                             })
+      .def_property_readonly("present",
+                             [](const PyGradients& self) {
+                               std::vector<bool> present;
+                               for (const void* grad : self.list.data) {
+                                 present.push_back(grad != nullptr);
+                               }
+                               return present;
+                             })
+      .def_property_readonly("kept", [](const PyGradients& self) { return self.kept; });
+
   py::class_<NormWork>(m, "NormWork", "Tensors of which the layer norms are taken.")
       .def(
           py::init([](std::vector<int64_t> sizes, std::vector<int32_t> layers, int32_t num_layers) {
@@ -168,10 +168,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("sizes"), py::arg("layers"), py::arg("num_layers"))
       .def(
           "norm_sq",
-          [](NormWork& self, const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
-             uintptr_t out,
-             int num_threads) { take_norms(self.work, grads, grad_dtypes, out, num_threads); },
-          py::arg("grads"), py::arg("grad_dtypes"), py::arg("out"), py::arg("num_threads"),
+          [](NormWork& self, const PyGradients& grads, uintptr_t out, int num_threads) {
+            take_norms(self.work, grads, out, num_threads);
+          },
+          py::arg("grads"), py::arg("out"), py::arg("num_threads"),
           "Sums of squares by layer into `out`, float64 [num_layers].");
 
   py::class_<AdamWWork>(m, "AdamWWork", "Tensors that an AdamW step updates.")
@@ -185,14 +185,18 @@ PYBIND11_MODULE(_C, m) {
            py::arg("tensor_ids"), py::arg("first_elements"))
       .def(
           "norm_sq",
-          [](AdamWWork& self, const Addresses& grads, const std::vector<int32_t>& grad_dtypes,
-             uintptr_t out,
-             int num_threads) { take_norms(self.work, grads, grad_dtypes, out, num_threads); },
-          py::arg("grads"), py::arg("grad_dtypes"), py::arg("out"), py::arg("num_threads"),
+          [](AdamWWork& self, const PyGradients& grads, uintptr_t out, int num_threads) {
+            take_norms(self.work, grads, out, num_threads);
+          },
+          py::arg("grads"), py::arg("out"), py::arg("num_threads"),
           "Sums of squares by layer into `out`, float64 [num_layers].")
-      .def("step", &AdamWWork::step, py::arg("grads"), py::arg("grad_dtypes"), py::arg("groups"),
-           py::arg("scales"), py::arg("clip_coef"), py::arg("norm_sq_out"),
-           py::arg("rounding_seed"), py::arg("num_threads"),
+      .def("step", &AdamWWork::step, py::arg("grads"), py::arg("groups"), py::arg("scales"),
+           py::arg("clip_coef"), py::arg("norm_sq_out"), py::arg("rounding_seed"),
+           py::arg("num_threads"),
            "One AdamW step; `norm_sq_out` is 0 or the address of float64 [num_layers]. With a "
            "seed, bfloat16 storage is rounded stochastically.");
+
+#ifdef GRADLOC_CUDA
+  gradloc::register_cuda(m);
+#endif
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "host_device.h"
+
 namespace gradloc {
 
 // Elements of a chunk. Fixed: the chunk is the unit of the deterministic reduction, so another size
@@ -15,7 +17,9 @@ inline constexpr int64_t kChunkElements = 32768;
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 inline constexpr int32_t kNumDTypes = 3;
 
-inline constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+GRADLOC_HOST_DEVICE inline constexpr int64_t dtype_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 struct Chunk {
   int64_t offset;  // first element, counted in the tensor

@@ -22,14 +22,15 @@ struct RoundingKey {
 };
 
 // The finaliser of SplitMix64 (Steele, Lea & Flood 2014).
-static inline uint64_t mix64(uint64_t x) {
+GRADLOC_HOST_DEVICE static inline uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   return x ^ (x >> 31);
 }
 
 // step: the tensor's step count after this step; tensor: its identity in the optimizer.
-static inline RoundingKey rounding_key(uint64_t seed, uint64_t step, uint64_t tensor) {
+GRADLOC_HOST_DEVICE static inline RoundingKey rounding_key(uint64_t seed, uint64_t step,
+                                                           uint64_t tensor) {
   constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
   uint64_t key = mix64(seed + kGolden);
   key = mix64((key ^ step) + kGolden);

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gradloc import ops, reference
+from gradloc.ops_cuda import Decision
 from gradloc.reference import AdamWGroup, Rounding
 
 
@@ -15,31 +16,37 @@ class AdamWWork(Protocol):
     """What a backend gives the optimizer for a fixed list of parameters."""
 
     slots: tuple[ops.AdamWSlot, ...]
+    on_device: bool  # whether kernels can read the decisions of a step on the device
 
     def gather(self, grads: Sequence[Tensor | None]) -> Any:
         """Bring the gradients of `slots` into the form that the other two take."""
 
-    def norm_sq(self, grads: Any) -> Tensor:
-        """Sums of squares by layer, float64 [num_layers]."""
+    def norm_sq(
+        self, grads: Any, scales: Sequence[float], decision: Decision | None = None
+    ) -> Tensor:
+        """Sums of squares by layer, float64 [num_layers]; `decision` where `on_device`."""
 
     def step(
         self,
         grads: Any,
         groups: Sequence[AdamWGroup],
         scales: Sequence[float],
-        clip_coef: float,
+        coef: float | Tensor,
         *,
         with_norms: bool,
         rounding_seed: int | None,
     ) -> Tensor | None:
         """Update what has a gradient; return the sums of squares by layer if asked.
 
+        Gradients are multiplied by `coef`, or by what a control says (a tensor, where `on_device`).
         With a seed, what is stored in bfloat16 is rounded stochastically, else to nearest.
         """
 
 
 class ReferenceAdamW:
     """The same work in plain torch, tensor by tensor: any device, float64, strided views."""
+
+    on_device = False
 
     def __init__(self, slots: Sequence[ops.AdamWSlot], num_layers: int) -> None:
         self.slots = tuple(slots)
@@ -49,8 +56,14 @@ class ReferenceAdamW:
         """The gradients as they are."""
         return list(grads)
 
-    def norm_sq(self, grads: list[Tensor | None]) -> Tensor:
+    def norm_sq(
+        self,
+        grads: list[Tensor | None],
+        scales: Sequence[float] = (),
+        decision: Decision | None = None,
+    ) -> Tensor:
         """Sums of squares by layer, float64 [num_layers] on the gradients' device."""
+        assert decision is None
         return reference.layer_norm_sq(grads, [slot.layer for slot in self.slots], self._num_layers)
 
     def step(
@@ -58,7 +71,7 @@ class ReferenceAdamW:
         grads: list[Tensor | None],
         groups: Sequence[AdamWGroup],
         scales: Sequence[float],
-        clip_coef: float,
+        coef: float | Tensor,
         *,
         with_norms: bool,
         rounding_seed: int | None,
@@ -79,7 +92,7 @@ class ReferenceAdamW:
                     slot.step,
                     group=groups[slot.group],
                     lr_scale=scales[slot.layer],
-                    clip_coef=clip_coef,
+                    clip_coef=coef,
                     rounding=rounding,
                 )
         return norm_sq
@@ -100,7 +113,7 @@ def choose(
     if fused:
         raise ValueError(
             f"fused=True, but parameter {name} (device={param.device}, dtype={param.dtype}, "
-            f"strides={param.stride()}) is not a dense float32, bfloat16 or float16 CPU tensor: "
-            "leave fused=None to update it with plain torch"
+            f"strides={param.stride()}) is not a dense float32, bfloat16 or float16 tensor on "
+            f"{' or '.join(ops.native_devices())}: leave fused=None to update it with plain torch"
         )
     return ReferenceAdamW

@@ -60,7 +60,13 @@ def prepare_to_load(
         param = params[name]
         dtype = moment_dtype(param, optimizer._state_dtype)
         with torch.no_grad():
-            ensure_state(optimizer.state[param], param, dtype, amsgrad=MOMENTS[2] in keys)
+            ensure_state(
+                optimizer.state[param],
+                param,
+                dtype,
+                amsgrad=MOMENTS[2] in keys,
+                step_device=torch.device("cpu"),
+            )
     return prefix
 
 

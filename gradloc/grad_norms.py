@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
         device = parameter.device if grad is not None or sharding.is_sharded(parameter) else device
     total = None
     for reduction, part in parts.items():
-        norm_sq = _norm_sq(part, len(layers)).to(device)
+        norm_sq = _norm_sq(part, layers).to(device)
         if reduction is not None:
             reduction.sum_(norm_sq)
         total = norm_sq if total is None else total + norm_sq
@@ -56,13 +58,30 @@ def layer_grad_norms(model: torch.nn.Module, layers: LayerMap) -> Tensor:
     return total.sqrt().float()
 
 
-def _norm_sq(part: Sequence[tuple[Tensor | None, int]], num_layers: int) -> Tensor:
+def _norm_sq(part: Sequence[tuple[Tensor | None, int]], layers: LayerMap) -> Tensor:
     """Sums of squares by layer of plain gradients, float64 [num_layers] on their device."""
     grads, ids = [grad for grad, _ in part], [layer for _, layer in part]
-    if all(grad is None or ops.runs_natively(grad) for grad in grads):
+    present = [grad for grad in grads if grad is not None]
+    if all(ops.runs_natively(grad) for grad in present):
         sizes = [0 if grad is None else grad.numel() for grad in grads]
-        return ops.NativeNorms(sizes, ids, num_layers).norm_sq(grads)
-    return reference.layer_norm_sq(grads, ids, num_layers)
+        device = present[0].device if present else torch.device("cpu")
+        return _work(layers, sizes, ids, device).norm_sq(grads)
+    return reference.layer_norm_sq(grads, ids, len(layers))
+
+
+# The last work of each map: a device's tables are uploaded once for a model, not in every call.
+_WORKS: WeakKeyDictionary[LayerMap, tuple[Any, ops.NativeNorms]] = WeakKeyDictionary()
+
+
+def _work(
+    layers: LayerMap, sizes: list[int], ids: list[int], device: torch.device
+) -> ops.NativeNorms:
+    key = (sizes, ids, device)
+    found = _WORKS.get(layers)
+    if found is None or found[0] != key:
+        found = key, ops.NativeNorms(sizes, ids, len(layers), device)
+        _WORKS[layers] = found
+    return found[1]
 
 
 def check_measurable(tensors: Iterable[tuple[str, Tensor]]) -> None:

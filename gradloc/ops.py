@@ -1,21 +1,23 @@
 """The only file that calls the compiled module: tensors are checked and addresses cross here.
 
-`NativeNorms` and `NativeAdamW` prepare a list of tensors once and then run on new gradients. They
-hold the tensors, so that no address outlives its memory. What can't run natively (other devices,
-float64, strided views) is for `gradloc.reference`; `runs_natively` decides.
+`NativeNorms` and `NativeAdamW` prepare a list of tensors once and then run on new gradients, on the
+processor or, through `ops_cuda.py`, on a CUDA device. They hold the tensors, so that no address
+outlives its memory. What can't run natively (other devices, float64, strided views) is for
+`gradloc.reference`; `runs_natively` decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 # Before the compiled module, so that both use torch's OpenMP runtime: two runtimes in one process
 # fight for the cores.
 import torch
 from torch import Tensor
 
+from gradloc.ops_cuda import CudaAdamW, CudaNorms, Decision
 from gradloc.reference import AdamWGroup
 from gradloc.reference import is_dense as is_dense
 
@@ -28,6 +30,8 @@ except ImportError as error:
     ) from error
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# By device type, the module whose CUDA kernels work there. None at all in a build without CUDA.
+DEVICE_CORES: dict[str, Any] = {"cuda": _C} if hasattr(_C, "CudaAdamWWork") else {}
 
 
 def build_info() -> dict[str, Any]:
@@ -46,10 +50,15 @@ def select_simd(name: str) -> None:
     _C.select_simd(name)
 
 
+def native_devices() -> list[str]:
+    """Types of the devices on which the compiled core works in this build."""
+    return sorted({"cpu", *DEVICE_CORES})
+
+
 def runs_natively(tensor: Tensor) -> bool:
     """Whether the compiled core can work on this tensor in place."""
     return (
-        tensor.device.type == "cpu"
+        tensor.device.type in native_devices()
         and tensor.dtype in DTYPE_CODES
         and tensor.layout == torch.strided
         and type(tensor) in (Tensor, torch.nn.Parameter)
@@ -70,19 +79,46 @@ class NativeNorms:
         sizes: elements of each tensor.
         layers: layer index of each tensor.
         num_layers: number of layers.
+        device: where all gradients will be.
     """
 
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        layers: Sequence[int],
+        num_layers: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        device = torch.device(device)
+        core = DEVICE_CORES.get(device.type)
+        self._engine: CudaNorms | _HostNorms
+        if core is not None:
+            self._engine = CudaNorms(core, sizes, layers, num_layers, device)
+        else:
+            self._engine = _HostNorms(sizes, layers, num_layers)
+
+    def norm_sq(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Sums of squares by layer, float64 [num_layers]; all gradients pass `runs_natively`."""
+        return self._engine.norm_sq(gradients_of(grads))
+
+
+class _HostNorms:
     def __init__(self, sizes: Sequence[int], layers: Sequence[int], num_layers: int) -> None:
         self._work = _C.NormWork(list(sizes), list(layers), num_layers)
         self._num_layers = num_layers
 
-    def norm_sq(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """Sums of squares by layer, float64 [num_layers]; all gradients pass `runs_natively`."""
+    def norm_sq(self, gradients: Any) -> Tensor:
         out = _sums(self._num_layers)
-        addresses = [0 if g is None else g.data_ptr() for g in grads]
-        codes = [0 if g is None else DTYPE_CODES[g.dtype] for g in grads]
-        self._work.norm_sq(addresses, codes, out.data_ptr(), torch.get_num_threads())
+        self._work.norm_sq(gradients, out.data_ptr(), torch.get_num_threads())
         return out
+
+
+def gradients_of(grads: Sequence[Tensor | None]) -> Any:
+    """Gradients as the core takes them; all pass `runs_natively` or are None."""
+    # Empty tensors have no address, and no chunks: any but that of a missing gradient will do.
+    addresses = [0 if grad is None else grad.data_ptr() or 1 for grad in grads]
+    codes = [0 if grad is None else DTYPE_CODES[grad.dtype] for grad in grads]
+    return _C.Gradients(addresses, codes, [grad for grad in grads if grad is not None])
 
 
 @dataclass(frozen=True)
@@ -93,95 +129,88 @@ class AdamWSlot:
     exp_avg: Tensor  # same shape; float32 or bfloat16, or wider for a wider param
     exp_avg_sq: Tensor  # same shape and dtype as exp_avg
     max_exp_avg_sq: Tensor | None  # the same, with amsgrad
-    step: Tensor  # float32, one element on the CPU
+    step: Tensor  # float32, one element: on the device where `counts_on_device`, else on the CPU
     layer: int  # index of its layer
     group: int  # index of its param group
     tensor: int = 0  # its identity for stochastic rounding
     first_element: int = 0  # position of its first element in the full tensor, when it is a shard
 
 
+def counts_on_device(param: Tensor) -> bool:
+    """Whether kernels read and write a parameter's step count, so that it lies beside it."""
+    return param.device.type in DEVICE_CORES
+
+
 class NativeAdamW:
     """AdamW over a fixed list of parameters in one pass of the compiled core.
 
     Args:
-        slots: the parameters; each must pass `runs_natively`, with moments of the same strides, all
-            float32 or all bfloat16.
+        slots: the parameters, all on one device; each must pass `runs_natively`, with moments of
+            the same strides, all float32 or all bfloat16.
         num_layers: number of layers.
+
+    Raises:
+        ValueError: a parameter's or a moment's memory was freed.
     """
 
     def __init__(self, slots: Sequence[AdamWSlot], num_layers: int) -> None:
         self.slots = tuple(slots)
         for slot in self.slots:
-            moments = (slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq)
-            assert runs_natively(slot.param)
-            assert all(
-                m is None
-                or (m.shape, m.stride(), m.dtype, m.device)
-                == (slot.param.shape, slot.param.stride(), slot.exp_avg.dtype, slot.param.device)
-                for m in moments
-            )
-            assert slot.exp_avg.dtype in (torch.float32, torch.bfloat16)
-            assert slot.step.dtype == torch.float32
-            assert slot.step.numel() == 1
+            _check_slot(slot)
         self._strides = [slot.param.stride() for slot in slots]
-        self._num_layers = num_layers
-        self._work = _C.AdamWWork(
-            sizes=[slot.param.numel() for slot in slots],
-            layers=[slot.layer for slot in slots],
-            num_layers=num_layers,
-            params=[slot.param.data_ptr() for slot in slots],
-            param_dtypes=[DTYPE_CODES[slot.param.dtype] for slot in slots],
-            moment_dtypes=[DTYPE_CODES[slot.exp_avg.dtype] for slot in slots],
-            exp_avgs=[slot.exp_avg.data_ptr() for slot in slots],
-            exp_avg_sqs=[slot.exp_avg_sq.data_ptr() for slot in slots],
-            max_exp_avg_sqs=[
+        device = slots[0].param.device if slots else torch.device("cpu")
+        work = {
+            "sizes": [slot.param.numel() for slot in slots],
+            "layers": [slot.layer for slot in slots],
+            "num_layers": num_layers,
+            "params": [slot.param.data_ptr() for slot in slots],
+            "param_dtypes": [DTYPE_CODES[slot.param.dtype] for slot in slots],
+            "moment_dtypes": [DTYPE_CODES[slot.exp_avg.dtype] for slot in slots],
+            "exp_avgs": [slot.exp_avg.data_ptr() for slot in slots],
+            "exp_avg_sqs": [slot.exp_avg_sq.data_ptr() for slot in slots],
+            "max_exp_avg_sqs": [
                 0 if s.max_exp_avg_sq is None else s.max_exp_avg_sq.data_ptr() for s in slots
             ],
-            steps=[slot.step.data_ptr() for slot in slots],
-            groups=[slot.group for slot in slots],
-            tensor_ids=[slot.tensor for slot in slots],
-            first_elements=[slot.first_element for slot in slots],
+            "steps": [slot.step.data_ptr() for slot in slots],
+            "groups": [slot.group for slot in slots],
+            "tensor_ids": [slot.tensor for slot in slots],
+            "first_elements": [slot.first_element for slot in slots],
+        }
+        core = DEVICE_CORES.get(device.type)
+        self.on_device = core is not None
+        self._engine: AdamWEngine
+        if core is not None:
+            self._engine = CudaAdamW(core, work, len(slots), num_layers, device)
+        else:
+            self._engine = _HostAdamW(work)
+
+    def gather(self, grads: Sequence[Tensor | None]) -> Any:
+        """The gradients as the core takes them, copied where their memory order is another."""
+        return gradients_of(
+            [
+                None if grad is None else _ordered(grad, slot.param, strides)
+                for grad, slot, strides in zip(grads, self.slots, self._strides, strict=True)
+            ]
         )
 
-    def gather(self, grads: Sequence[Tensor | None]) -> NativeGrads:
-        """Addresses of the gradients, copied where their memory order is not the parameter's."""
-        kept: list[Tensor | None] = []
-        addresses, codes = [], []
-        for grad, slot, strides in zip(grads, self.slots, self._strides, strict=True):
-            if grad is None:
-                kept.append(None)
-                addresses.append(0)
-                codes.append(0)
-                continue
-            if grad.dtype not in DTYPE_CODES:
-                grad = grad.float()
-            grad = grad.resolve_neg()
-            if grad.stride() != strides and not (
-                grad.is_contiguous() and slot.param.is_contiguous()
-            ):
-                ordered = torch.empty_strided(
-                    slot.param.shape, strides, dtype=grad.dtype, device=grad.device
-                )
-                grad = ordered.copy_(grad)
-            if grad.numel() and not grad.data_ptr():
-                grad = grad.clone()  # zeros that autograd made without giving them memory
-            kept.append(grad)
-            addresses.append(grad.data_ptr() or 1)  # empty tensors have no address, and no chunks
-            codes.append(DTYPE_CODES[grad.dtype])
-        return NativeGrads(kept, addresses, codes)
+    def norm_sq(
+        self, grads: Any, scales: Sequence[float], decision: Decision | None = None
+    ) -> Tensor:
+        """Sums of squares of the gradients by layer, float64 [num_layers] on their device.
 
-    def norm_sq(self, grads: NativeGrads) -> Tensor:
-        """Sums of squares of the gradients by layer, float64 [num_layers]."""
-        out = _sums(self._num_layers)
-        self._work.norm_sq(grads.addresses, grads.codes, out.data_ptr(), torch.get_num_threads())
-        return out
+        Args:
+            grads: from `gather`.
+            scales: by layer, as the step will have them.
+            decision: what the device decides from them (`on_device` only).
+        """
+        return self._engine.norm_sq(grads, scales, decision)
 
     def step(
         self,
-        grads: NativeGrads,
+        grads: Any,
         groups: Sequence[AdamWGroup],
         scales: Sequence[float],
-        clip_coef: float,
+        coef: float | Tensor,
         *,
         with_norms: bool,
         rounding_seed: int | None,
@@ -189,29 +218,116 @@ class NativeAdamW:
         """Update what has a gradient; return the sums of squares by layer if asked.
 
         With a seed, what is stored in bfloat16 is rounded stochastically, else to nearest.
+
+        Args:
+            grads: from `gather`.
+            groups: hyperparameters by param group.
+            scales: by layer.
+            coef: what gradients are multiplied by; or what `Decision` calls a control (`on_device`
+                only).
+            with_norms: whether sums of squares are wanted.
+            rounding_seed: of stochastic rounding.
         """
-        out = _sums(self._num_layers) if with_norms else None
-        self._work.step(
-            grads.addresses,
-            grads.codes,
-            [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups],
-            list(scales),
-            clip_coef,
-            0 if out is None else out.data_ptr(),
-            None if rounding_seed is None else rounding_seed % 2**64,
-            torch.get_num_threads(),
+        seed = None if rounding_seed is None else rounding_seed % 2**64
+        norm_sq = self._engine.step(
+            grads, groups, scales, coef, with_norms=with_norms, rounding_seed=seed
         )
         # Backward through what was changed in place is an error; autograd has to learn of it.
         torch.autograd.graph.increment_version(
-            [slot.param for slot, at in zip(self.slots, grads.addresses, strict=True) if at]
+            [
+                slot.param
+                for slot, has_grad in zip(self.slots, grads.present, strict=True)
+                if has_grad
+            ]
+        )
+        return norm_sq
+
+
+class AdamWEngine(Protocol):
+    """What runs the passes of `NativeAdamW` on one kind of device; see its methods."""
+
+    def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
+        """Sums of squares by layer."""
+
+    def step(
+        self,
+        gradients: Any,
+        groups: Sequence[AdamWGroup],
+        scales: Sequence[float],
+        coef: float | Tensor,
+        *,
+        with_norms: bool,
+        rounding_seed: int | None,
+    ) -> Tensor | None:
+        """One step."""
+
+
+class _HostAdamW:
+    def __init__(self, work: dict[str, Any]) -> None:
+        self._work = _C.AdamWWork(**work)
+        self._num_layers: int = work["num_layers"]
+
+    def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
+        assert decision is None
+        out = _sums(self._num_layers)
+        self._work.norm_sq(gradients, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def step(
+        self,
+        gradients: Any,
+        groups: Sequence[AdamWGroup],
+        scales: Sequence[float],
+        coef: float | Tensor,
+        *,
+        with_norms: bool,
+        rounding_seed: int | None,
+    ) -> Tensor | None:
+        out = _sums(self._num_layers) if with_norms else None
+        self._work.step(
+            gradients,
+            [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups],
+            list(scales),
+            coef,
+            0 if out is None else out.data_ptr(),
+            rounding_seed,
+            torch.get_num_threads(),
         )
         return out
 
 
-@dataclass(frozen=True)
-class NativeGrads:
-    """Gradients of one step, kept alive with their addresses."""
+def _check_slot(slot: AdamWSlot) -> None:
+    moments = (slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq)
+    assert runs_natively(slot.param)
+    assert all(
+        m is None
+        or (m.shape, m.stride(), m.dtype, m.device)
+        == (slot.param.shape, slot.param.stride(), slot.exp_avg.dtype, slot.param.device)
+        for m in moments
+    )
+    assert slot.exp_avg.dtype in (torch.float32, torch.bfloat16)
+    assert slot.step.dtype == torch.float32
+    assert slot.step.numel() == 1
+    assert slot.step.device == (slot.param.device if counts_on_device(slot.param) else _CPU)
+    for what, tensor in (("a parameter", slot.param), *(("a moment", m) for m in moments)):
+        if tensor is not None and tensor.numel() and not tensor.data_ptr():
+            raise ValueError(
+                f"{what} of shape {tuple(tensor.shape)} has no memory (data_ptr() == 0): its "
+                "storage was freed or resized to 0; bring its values back before step()"
+            )
 
-    tensors: list[Tensor | None]
-    addresses: list[int]  # 0: no gradient
-    codes: list[int]  # DTYPE_CODES
+
+_CPU = torch.device("cpu")
+
+
+def _ordered(grad: Tensor, param: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The gradient in a dtype and a memory order that the core takes, itself where it can be."""
+    if grad.dtype not in DTYPE_CODES:
+        grad = grad.float()
+    grad = grad.resolve_neg()
+    if grad.stride() != strides and not (grad.is_contiguous() and param.is_contiguous()):
+        ordered = torch.empty_strided(param.shape, strides, dtype=grad.dtype, device=grad.device)
+        grad = ordered.copy_(grad)
+    if grad.numel() and not grad.data_ptr():
+        grad = grad.clone()  # zeros that autograd made without giving them memory
+    return grad

@@ -323,9 +323,9 @@ class LocalizedAdamW(PlannedSteps):
             "_stochastic_rounding",
             "_seed",
             "_release_gradients",
-            "num_skipped_steps",
         )
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        kept = {name: self.__dict__[name] for name in own}
+        return {**super().__getstate__(), **kept, "_num_skipped_steps": self.num_skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -99,9 +99,11 @@ def _plan_layers(plan: LayerPlan, layers: LayerMap | None) -> LayerMap:
 
 
 def check_lr(lr: Any) -> None:
-    """Check a learning rate, which schedulers change between steps."""
+    """Check a learning rate, which schedulers change between steps; not one on an accelerator."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return  # reading it would wait for the device
     if not 0.0 <= float(lr) < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}: lr is a finite number >= 0")
 

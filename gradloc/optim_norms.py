@@ -21,23 +21,30 @@ class StepNorms:
         self._norm_sq: Tensor | None = None
         self._measured: list[int] = []
 
-    def record(self, norm_sqs: Sequence[Tensor], measured: set[int], unscale: float) -> Tensor:
+    def record(
+        self, norm_sqs: Sequence[Tensor], measured: set[int], unscale: float | Tensor
+    ) -> Tensor:
         """Take the sums of a step.
 
         Args:
             norm_sqs: [num_layers] each, to be added; of gradients that are still to be multiplied
                 by `unscale`.
             measured: layers that had a gradient.
-            unscale: what undoes a GradScaler's scale.
+            unscale: what undoes a GradScaler's scale; a tensor where it is not to be waited for.
 
         Returns:
             The sums of squares by layer, float64 [num_layers].
         """
-        if norm_sqs:
-            total = torch.stack([n.to(norm_sqs[0].device) for n in norm_sqs]).sum(dim=0)
+        if len(norm_sqs) == 1:
+            total = norm_sqs[0]
+        elif norm_sqs:
+            total = torch.stack(
+                [n.to(norm_sqs[0].device, non_blocking=True) for n in norm_sqs]
+            ).sum(dim=0)
         else:
             total = torch.zeros(self._num_layers, dtype=torch.float64, device="cpu")
-        self._norm_sq = total if unscale == 1.0 else total * unscale**2
+        known_one = not isinstance(unscale, Tensor) and unscale == 1.0
+        self._norm_sq = total if known_one else total * unscale**2
         self._measured = sorted(measured)
         return self._norm_sq
 

@@ -1,8 +1,9 @@
 """The state that LocalizedAdamW keeps for a parameter; keys are those of torch.optim.AdamW.
 
 `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq` have the parameter's shape, memory order
-and sharding; `step` is a float32 scalar on the CPU, as torch's default AdamW keeps it. Where the
-state of frozen layers goes is in `optim_freeze.py`.
+and sharding; `step` is a float32 scalar: on the CPU, as torch's default AdamW keeps it, or where
+kernels count on the device, as its fused one does. Where the state of frozen layers goes is in
+`optim_freeze.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def ensure_state(
-    state: dict[str, Any], param: Tensor, dtype: torch.dtype, *, amsgrad: bool
+    state: dict[str, Any],
+    param: Tensor,
+    dtype: torch.dtype,
+    *,
+    amsgrad: bool,
+    step_device: torch.device,
 ) -> bool:
     """Make what is missing, zero; return whether the parameter had no state at all.
 
@@ -34,7 +40,7 @@ def ensure_state(
     fresh = not state
     check_whole(state, "state")
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
     for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
             state[key] = zeros_like(param, dtype)
@@ -119,12 +125,12 @@ def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
             )
 
 
-def mend_step(state: dict[str, Any]) -> Tensor:
-    """Bring `step` to float32 on the CPU: old torch kept numbers, fused AdamW a device tensor."""
+def mend_step(state: dict[str, Any], device: torch.device | None = None) -> Tensor:
+    """Bring `step` to a float32 scalar, on a device if one is given: old torch kept numbers."""
     step = state["step"]
     step = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
-    if step.dtype != torch.float32 or step.device.type != "cpu" or step.dim():
-        step = step.reshape(()).to("cpu", torch.float32)
+    if step.dtype != torch.float32 or step.dim() or step.device != (device or step.device):
+        step = step.reshape(()).to(device or step.device, torch.float32)
     state["step"] = step
     return step
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradloc import optim_report, sharding
+from gradloc import ops, optim_report, sharding
 from gradloc.optim_checks import check_lr
+from gradloc.optim_device import DeviceControl, Rule
 from gradloc.optim_freeze import bring_back, put_away
 from gradloc.optim_norms import StepNorms
 from gradloc.optim_release import GradientRelease
@@ -24,16 +25,11 @@ from gradloc.reference import AdamWGroup, clip_coefficient
 
 
 class PlannedSteps(torch.optim.Optimizer):
-    """The part of LocalizedAdamW that runs steps.
-
-    Attributes:
-        num_skipped_steps: steps left out because a gradient was not finite.
-    """
+    """The part of LocalizedAdamW that runs steps."""
 
     # torch.amp.GradScaler hands scale and overflow flag over instead of rewriting all gradients.
     _step_supports_amp_scaling = True
 
-    num_skipped_steps: int
     _selection: Selection
     _max_grad_norm: float | None
     _on_nonfinite: str
@@ -42,6 +38,8 @@ class PlannedSteps(torch.optim.Optimizer):
     _stochastic_rounding: bool
     _seed: int
     _release_gradients: bool
+    _num_skipped_steps: int
+    _control: DeviceControl | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -62,47 +60,102 @@ class PlannedSteps(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        unscale = self._amp_unscale()
+        self._check_amp()
         if self._release is not None:
             return self._finish_release(self._release, loss)
+        self._check_lrs()
+        work = self._step_work()
+        parts = work.gather()
+        measured = work.layers_with_grad()
+        on_device = bool(parts) and all(part.work.on_device for part, _ in parts)
+        if on_device and self._on_nonfinite != "raise":  # to raise is to wait
+            self._prove(work, measured)
+            self._update_on_device(parts, measured)
+        elif not self._update_on_host(work, parts, measured):
+            return loss
+        if not self._said:
+            self._say()
+        return loss
+
+    def _update_on_host(
+        self, work: StepWork, parts: list[tuple[Part, Any]], measured: set[int]
+    ) -> bool:
+        """Decide here whether the step happens and how far it is clipped; False if it does not."""
+        unscale = self._amp_unscale()
         if unscale is None:
             self.num_skipped_steps += 1
-            return loss
-        groups = self._hyperparameters()
-        work = self._step_work()
-        parts_grads = work.gather()
-        measured = work.layers_with_grad()
-        coef = unscale
+            work.drop_fresh()
+            return False
+        coef, scales = unscale, self._selection.scales()
         norms_first = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
         if norms_first:
-            norm_sqs = [part.reduced(part.work.norm_sq(grads)) for part, grads in parts_grads]
+            norm_sqs = [part.reduced(part.work.norm_sq(grads, scales)) for part, grads in parts]
             norm_sq = self._norms.record(norm_sqs, measured, unscale)
             total = math.sqrt(float(norm_sq.sum()))
             if not math.isfinite(total) and self._on_nonfinite != "ignore":
                 work.drop_fresh()
-                return self._nonfinite(norm_sq, loss)
+                self._nonfinite(norm_sq)
+                return False
             if self._max_grad_norm is not None:
                 coef *= float(clip_coefficient(total, self._max_grad_norm))
         self._prove(work, measured)
-        scales = self._selection.scales()
-        norms = [
+        norm_sqs = self._update(parts, [coef] * len(parts), with_norms=not norms_first)
+        if not norms_first:
+            self._norms.record(norm_sqs, measured, unscale)
+        return True
+
+    def _update_on_device(self, parts: list[tuple[Part, Any]], measured: set[int]) -> None:
+        """The same without waiting: what is decided stays on the device."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        rule = Rule(self._max_grad_norm, self._on_nonfinite == "skip", found_inf, grad_scale)
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.detach().reshape(())
+        devices = [part.work.slots[0].param.device for part, _ in parts]
+        coefs: list[float | Tensor] = [1.0] * len(parts)
+        norm_sqs: list[Tensor] = []
+        if rule.decides:
+            if self._control is None or self._control.values.device != devices[0]:
+                self._move_control(devices[0])
+            assert self._control is not None
+            norm_sqs = self._control.decide(parts, self._selection.scales(), rule)
+            coefs = [self._control.on(device) for device in devices]
+        updated = self._update(parts, coefs, with_norms=not rule.needs_norms)
+        self._norms.record(norm_sqs if rule.needs_norms else updated, measured, unscale)
+
+    def _update(
+        self, parts: list[tuple[Part, Any]], coefs: Sequence[float | Tensor], *, with_norms: bool
+    ) -> list[Tensor]:
+        """Update all parts; return their sums of squares by layer if asked."""
+        on_device = all(isinstance(part.work, ops.NativeAdamW) for part, _ in parts)
+        groups = [_hyperparameters(group, wait=not on_device) for group in self.param_groups]
+        norm_sqs = [
             part.work.step(
                 grads,
                 groups,
-                scales,
+                self._selection.scales(),
                 coef,
-                with_norms=not norms_first,
+                with_norms=with_norms,
                 rounding_seed=self._rounding_seed,
             )
-            for part, grads in parts_grads
+            for (part, grads), coef in zip(parts, coefs, strict=True)
         ]
-        if not norms_first:
-            found = zip(parts_grads, norms, strict=True)
-            norm_sqs = [part.reduced(norm) for (part, _), norm in found if norm is not None]
-            self._norms.record(norm_sqs, measured, unscale)
-        if not self._said:
-            self._say()
-        return loss
+        found = zip(parts, norm_sqs, strict=True)
+        return [part.reduced(norm_sq) for (part, _), norm_sq in found if norm_sq is not None]
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite; waits for the device."""
+        on_device = 0 if self._control is None else self._control.num_skipped()
+        return self._num_skipped_steps + on_device
+
+    @num_skipped_steps.setter
+    def num_skipped_steps(self, count: int) -> None:
+        self._num_skipped_steps = count
+        if self._control is not None:
+            self._control.values[2] = 0.0
+
+    def _move_control(self, device: torch.device) -> None:
+        self.num_skipped_steps = self.num_skipped_steps  # from the old device to here
+        self._control = DeviceControl(device)
 
     def _start_afresh(self) -> None:
         """Forget what is derived from parameters, state and plan."""
@@ -135,9 +188,6 @@ class PlannedSteps(torch.optim.Optimizer):
     def _watch(self) -> None:
         if self._release is not None:
             self._release.watch(param for param, _ in self._selection.params(self.param_groups))
-
-    def _hyperparameters(self) -> list[AdamWGroup]:
-        return [_hyperparameters(group) for group in self.param_groups]
 
     @property
     def _rounding_seed(self) -> int | None:
@@ -190,20 +240,27 @@ class PlannedSteps(torch.optim.Optimizer):
             chosen.names, chosen.scales(), chosen.num_elements(), params, self.state, self._away
         )
 
-    def _amp_unscale(self) -> float | None:
-        """What undoes GradScaler's scale; None when it found an overflow and there is no step."""
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if self._release is not None and (found_inf is not None or scale is not None):
+    def _check_lrs(self) -> None:
+        for group in self.param_groups:
+            check_lr(group["lr"])
+
+    def _check_amp(self) -> None:
+        scaled = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self._release is not None and scaled != (None, None):
             raise RuntimeError(
                 "release_gradients=True with GradScaler: the scaled gradients were applied before "
                 "the scaler could look at them, so the parameters are wrong now; train in bfloat16 "
                 "without a scaler, or use release_gradients=False"
             )
+
+    def _amp_unscale(self) -> float | None:
+        """What undoes GradScaler's scale; None when it found an overflow and there is no step."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and _number(found_inf):
             return None
         return 1.0 if scale is None else 1.0 / _number(scale)
 
-    def _nonfinite(self, norm_sq: Tensor, loss: Any) -> Any:
+    def _nonfinite(self, norm_sq: Tensor) -> None:
         self.num_skipped_steps += 1
         if self._on_nonfinite == "raise":
             names = self._selection.names
@@ -213,7 +270,6 @@ class PlannedSteps(torch.optim.Optimizer):
                 "nothing was changed. Lower the learning rate or look at the batch, or use "
                 "on_nonfinite='skip'"
             )
-        return loss
 
     def _update_one(self, param: Tensor) -> tuple[Part, Tensor, int] | None:
         """Update one parameter whose gradient has just come (release_gradients)."""
@@ -223,17 +279,10 @@ class PlannedSteps(torch.optim.Optimizer):
             self._single = {one.param: (one.layer, self._work_over([one])) for one in active}
         if param not in self._single:
             return None  # frozen
+        self._check_lrs()
         layer, work = self._single[param]
         ((part, grads),) = work.gather()
-        norm_sq = part.work.step(
-            grads,
-            self._hyperparameters(),
-            self._selection.scales(),
-            1.0,
-            with_norms=True,
-            rounding_seed=self._rounding_seed,
-        )
-        assert norm_sq is not None
+        (norm_sq,) = self._update([(part, grads)], [1.0], with_norms=True)
         return part, norm_sq, layer
 
     def _finish_release(self, release: GradientRelease, loss: Any) -> Any:
@@ -261,14 +310,17 @@ def _number(value: Any) -> float:
     return float(value.full_tensor() if sharding.is_sharded(value) else value)
 
 
-def _hyperparameters(group: dict[str, Any]) -> AdamWGroup:
-    check_lr(group["lr"])
+def _hyperparameters(group: dict[str, Any], *, wait: bool) -> AdamWGroup:
+    """A param group's hyperparameters; a learning rate on a device is read there unless `wait`."""
+    lr = group["lr"]
+    stays = not wait and isinstance(lr, Tensor) and ops.counts_on_device(lr)
     beta1, beta2 = group["betas"]
     return AdamWGroup(
-        lr=float(group["lr"]),
+        lr=math.nan if stays else float(lr),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         maximize=bool(group["maximize"]),
+        lr_tensor=lr.detach() if stays else None,
     )

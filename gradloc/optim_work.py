@@ -132,7 +132,17 @@ class StepWork:
             one.param,
             moment_dtype(one.param, self._state_dtype),
             amsgrad=self._groups[one.group]["amsgrad"],
+            step_device=self._step_device(one),
         )
+
+    def _step_device(self, one: Active) -> torch.device:
+        """Where the step count of a parameter is kept."""
+        ours = sharding.local(one.param)
+        group = self._groups[one.group]
+        name = parameter_name(group, one.group, one.position)
+        backend = backends.choose(ours, group["fused"], name)
+        on_device = backend is ops.NativeAdamW and ops.counts_on_device(ours)
+        return ours.device if on_device else torch.device("cpu")
 
     def _refresh(self) -> None:
         """Prepare the parts anew when a parameter or its state is no longer the tensor it was."""
@@ -165,7 +175,7 @@ class StepWork:
             laid_out(state, "exp_avg", param, dtype),
             laid_out(state, "exp_avg_sq", param, dtype),
             laid_out(state, "max_exp_avg_sq", param, dtype) if group["amsgrad"] else None,
-            mend_step(state),
+            mend_step(state, self._step_device(one)),
             one.layer,
             one.group,
             tensor=one.number,

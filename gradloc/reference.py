@@ -25,6 +25,8 @@ class AdamWGroup:
     eps: float
     weight_decay: float
     maximize: bool
+    # The learning rate, float32 [1] on the device, where it is not to be waited for: `lr` is unset.
+    lr_tensor: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,11 @@ def adamw_work(**changes):
     )
 
 
+def norm_sq_of(gradients):
+    """Norms of one tensor of four elements."""
+    _C.NormWork([4], [0], 1).norm_sq(gradients, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -231,8 +236,9 @@ def adamw_work(**changes):
         (lambda: _C.NormWork([4], [0, 1], 2), "sizes and layers differ in length"),
         (lambda: _C.NormWork([4], [2], 2), "tensor 0 has a negative size or a layer out of range"),
         (lambda: _C.NormWork([-4], [0], 1), "tensor 0 has a negative size"),
-        (lambda: _C.NormWork([4], [0], 1).norm_sq([], [], 0, 1), "grads has 0 entries, expected 1"),
-        (lambda: _C.NormWork([4], [0], 1).norm_sq([0], [7], 0, 1), "dtype code 7 is unknown"),
+        (lambda: norm_sq_of(_C.Gradients([], [], [])), "grads has 0 entries, expected 1"),
+        (lambda: _C.Gradients([0], [7], []), "dtype code 7 is unknown"),
+        (lambda: _C.Gradients([0], [], []), "codes has 0 entries, expected 1"),
         (
             lambda: adamw_work(steps=[]),
             "steps has 0 entries, expected 1",
@@ -246,7 +252,13 @@ def adamw_work(**changes):
         ),
         (
             lambda: adamw_work(groups=[3]).step(
-                [0], [0], [(1.0, 0.9, 0.9, 1.0, 0.0, False)], [1.0], 1.0, 0, None, 1
+                _C.Gradients([0], [0], []),
+                [(1.0, 0.9, 0.9, 1.0, 0.0, False)],
+                [1.0],
+                1.0,
+                0,
+                None,
+                1,
             ),
             "group 3 has no hyperparameters",
         ),

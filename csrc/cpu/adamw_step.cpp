@@ -27,7 +27,7 @@ std::vector<AdamWScalars> tensor_scalars(const Work& work, const AdamWTensors& t
       last_group = tensors.groups[i];
       last_step = step;
       last_scale = scale;
-      last = adamw_scalars(groups[last_group], step, scale, clip_coef);
+      last = adamw_scalars(groups[last_group], groups[last_group].lr, step, scale, clip_coef);
     }
     scalars[i] = last;
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../adamw.h"
 #include "../random.h"
 
 namespace gradloc::cpu {
@@ -41,7 +42,7 @@ inline Vec16 square_root(Vec16 a) {
 }
 // NaN in either operand stays NaN, as in torch.maximum.
 inline Vec16 maximum(Vec16 a, Vec16 b) {
-  return each(a, b, [](float x, float y) { return x != x || x > y ? x : y; });
+  return each(a, b, [](float x, float y) { return gradloc::maximum(x, y); });
 }
 
 inline uint32_t bits_of(float value) {
