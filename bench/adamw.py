@@ -16,10 +16,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from gpt2_shapes import SHARES, Shapes, plan_of_share
+from model_shapes import SHARES, Shapes, plan_of_share
 from timing import command_line, interleave, report
 
-from gradloc import LayerMap, LocalizedAdamW
+from gradloc import LocalizedAdamW
 
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.01}
 MAX_NORM = 1.0
@@ -35,8 +35,8 @@ def bytes_an_element(width: int, moment: int, *, ours: bool, clip: bool) -> int:
 
 def run(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
     """Rows for one dtype: all shares and versions interleaved in one run."""
-    ours, theirs = Shapes(dtype), Shapes(dtype)
-    layers = LayerMap.from_model(ours, patterns=ours.patterns())
+    ours, theirs = Shapes(dtype=dtype), Shapes(dtype=dtype)
+    layers = ours.layer_map()
     width = torch.empty((), dtype=dtype).element_size()
     versions: dict[str, Any] = {}
     about: dict[str, tuple[float, int]] = {}  # true share of the elements, bytes

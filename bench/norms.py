@@ -11,16 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpt2_shapes import SHARES, Shapes, plan_of_share
+from model_shapes import SHARES, Shapes, plan_of_share
 from timing import command_line, interleave, report
 
-from gradloc import LayerMap, layer_grad_norms, ops
+from gradloc import layer_grad_norms, ops
 
 
 def run(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
     """Rows for one dtype: all shares interleaved in one run."""
-    model = Shapes(dtype)
-    layers = LayerMap.from_model(model, patterns=model.patterns())
+    model = Shapes(dtype=dtype)
+    layers = model.layer_map()
     found = layers.parameters(model)
     width = torch.empty((), dtype=dtype).element_size()
     # Never zeros: untouched pages would all be the same one.

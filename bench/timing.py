@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,10 +52,28 @@ class Timing:
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
+def wall_clock(name: str, run: Callable[[], Any]) -> float:
+    """Seconds that `run` takes: right where it has finished when it returns, as on a CPU."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
 def interleave(
-    versions: dict[str, Callable[[], Any]], *, min_rounds: int = 15, seconds: float = 10.0
+    versions: dict[str, Callable[[], Any]],
+    *,
+    min_rounds: int = 15,
+    seconds: float = 10.0,
+    clock: Callable[[str, Callable[[], Any]], float] = wall_clock,
 ) -> dict[str, Timing]:
-    """Time the versions in turns until each ran `min_rounds` times and `seconds` have passed."""
+    """Time the versions in turns until each ran `min_rounds` times and `seconds` have passed.
+
+    Args:
+        versions: by name, what to run.
+        min_rounds: at least so many rounds, whatever the time.
+        seconds: and at least so long.
+        clock: runs a version, given by name too, and says how many seconds that took.
+    """
     samples: dict[str, list[float]] = {name: [] for name in versions}
     for _ in range(2):
         for run in versions.values():
@@ -68,9 +87,7 @@ def interleave(
         # the same other one.
         draw.shuffle(names)
         for name in names:
-            begin = time.perf_counter()
-            versions[name]()
-            samples[name].append(time.perf_counter() - begin)
+            samples[name].append(clock(name, versions[name]))
         rounds += 1
     out = {}
     for name, values in samples.items():
@@ -88,13 +105,15 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        ).stdout.strip()
     return {
         "processor": model,
         "cores": os.cpu_count(),
