@@ -117,3 +117,12 @@ def choose(
             f"{' or '.join(ops.native_devices())}: leave fused=None to update it with plain torch"
         )
     return ReferenceAdamW
+
+
+def runs_on_device(param: Tensor, fused: bool | None, name: str) -> bool:
+    """Whether a kernel on the parameter's device will update it, and count its steps there.
+
+    Raises:
+        ValueError: as for `choose`.
+    """
+    return choose(param, fused, name) is ops.NativeAdamW and ops.counts_on_device(param)

@@ -283,6 +283,7 @@ class _HostAdamW:
         with_norms: bool,
         rounding_seed: int | None,
     ) -> Tensor | None:
+        assert not isinstance(coef, Tensor)
         out = _sums(self._num_layers) if with_norms else None
         self._work.step(
             gradients,

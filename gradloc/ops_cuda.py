@@ -63,6 +63,7 @@ class CudaTables:
         # Zeros, because the counters among it count from 0.
         self._scratch = torch.zeros(work.scratch_bytes, dtype=torch.uint8, device=device)
         self._tables = torch.empty(work.table_bytes, dtype=torch.uint8, device=device)
+        self._streams: set[int] = set()  # on which the memory was used
         self._kept: list[Tensor] = []  # host memory that captured graphs copy from
 
     def stream(self) -> Stream:
@@ -70,7 +71,14 @@ class CudaTables:
         if not self._on_cuda:
             return Stream(0, 0)
         assert self._device.index is not None
-        return Stream(self._device.index, torch.cuda.current_stream(self._device).cuda_stream)
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream not in self._streams:
+            # Freed while a stream that did not allocate them still reads them, they would be reused
+            # too early.
+            self._tables.record_stream(stream)
+            self._scratch.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        return Stream(self._device.index, stream.cuda_stream)
 
     def addresses(self, *contents: Any) -> tuple[int, int]:
         """Addresses of tables and scratch memory, after an upload if the contents are new.
@@ -92,12 +100,6 @@ class CudaTables:
             self._work.write_tables(host.data_ptr(), *contents)
             self._tables.copy_(host, non_blocking=True)
             self._contents = contents
-        if self._on_cuda:
-            # Freed while a stream that did not allocate them still reads them, they would be reused
-            # too early.
-            stream = torch.cuda.current_stream(self._device)
-            self._tables.record_stream(stream)
-            self._scratch.record_stream(stream)
         return self._tables.data_ptr(), self._scratch.data_ptr()
 
     def table_of_gradients(self, gradients: Any, count: int) -> Tensor | None:

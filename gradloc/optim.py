@@ -15,6 +15,7 @@ from torch import Tensor
 from gradloc import backends, optim_report, sharding
 from gradloc.layers import LayerMap
 from gradloc.optim_checks import (
+    check_capturable,
     check_group,
     check_loadable,
     check_options,
@@ -51,11 +52,12 @@ class LocalizedAdamW(PlannedSteps):
         amsgrad: use the running maximum of the second moment.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility; has no effect.
-        capturable: only False.
+        capturable: a step on CUDA devices can be captured in a CUDA graph either way; True makes
+            sure that all parameters are updated there.
         differentiable: only False.
         fused: None updates with the compiled core where it can (dense float32, bfloat16 and float16
-            CPU tensors) and with plain torch elsewhere; True insists on the core; False is plain
-            torch throughout.
+            tensors on the CPU and, in builds with CUDA, on CUDA devices) and with plain torch
+            elsewhere; True insists on the core; False is plain torch throughout.
         layers: the layers of the model that `params` come from. Unnamed parameters are found by
             identity.
         plan: learning-rate scales by layer; needs `layers`. None trains everything at scale 1.
@@ -171,7 +173,9 @@ class LocalizedAdamW(PlannedSteps):
                 name = parameter_name(group, len(self.param_groups) - 1, i)
                 if self._on_freeze == "offload":
                     check_offload(param, name)
-                backends.choose(sharding.local(param), group["fused"], name)
+                on_device = backends.runs_on_device(sharding.local(param), group["fused"], name)
+                if group["capturable"]:
+                    check_capturable(param, name, on_device=on_device)
             self._selection.add_group(group)
         except BaseException:
             self.param_groups.pop()

@@ -123,9 +123,18 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}: each is in [0, 1)")
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}: a number >= 0")
-    for name in ("capturable", "differentiable"):
-        if group[name]:
-            raise ValueError(f"{name}=True is not supported: leave it False")
+    if group["differentiable"]:
+        raise ValueError("differentiable=True is not supported: leave it False")
+
+
+def check_capturable(param: Tensor, name: str, *, on_device: bool) -> None:
+    """Check that a step of this parameter can be captured, as capturable=True asks."""
+    if not on_device:
+        raise ValueError(
+            f"capturable=True, but parameter {name} (device={param.device}, dtype={param.dtype}) "
+            "is not updated by the CUDA kernels: leave capturable=False, or move the model to a "
+            "CUDA device in float32, bfloat16 or float16 and leave fused=None"
+        )
 
 
 def check_parameters(groups: list[dict[str, Any]], *, stochastic_rounding: bool) -> None:

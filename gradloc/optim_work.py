@@ -140,8 +140,7 @@ class StepWork:
         ours = sharding.local(one.param)
         group = self._groups[one.group]
         name = parameter_name(group, one.group, one.position)
-        backend = backends.choose(ours, group["fused"], name)
-        on_device = backend is ops.NativeAdamW and ops.counts_on_device(ours)
+        on_device = backends.runs_on_device(ours, group["fused"], name)
         return ours.device if on_device else torch.device("cpu")
 
     def _refresh(self) -> None:

@@ -63,6 +63,23 @@ def simd(request) -> str:
     ops.select_simd("auto")
 
 
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request, monkeypatch):
+    """The test's device, see devices.py: the emulated one, where CPU tensors go then, or a GPU."""
+    from devices import CudaDevice, EmulatedDevice, emulated_core
+
+    from gradloc import ops
+
+    if request.param == "cuda":
+        if "cuda" not in ops.DEVICE_CORES:
+            pytest.skip("gradloc was built without CUDA")
+        return CudaDevice()
+    core = emulated_core()
+    core.reset()
+    monkeypatch.setitem(ops.DEVICE_CORES, "cpu", core)
+    return EmulatedDevice(core)
+
+
 @pytest.fixture
 def num_threads():
     """A function that sets torch's number of threads, which is put back afterwards."""

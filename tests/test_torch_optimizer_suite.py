@@ -100,10 +100,12 @@ class TestTorchSuiteUpdates(TestCase):
     def test_refused_options(self, device, dtype, optim_info):
         """What the skips at the end of this file stand for is refused in words."""
         real = nn.Parameter(torch.randn(3, device=device))
-        for flag in ("capturable", "differentiable"):
-            for fused in (None, False):
-                with self.assertRaisesRegex(ValueError, f"{flag}=True is not supported"):
-                    optim_info.optim_cls([real], fused=fused, **{flag: True})
+        for fused in (None, False):
+            with self.assertRaisesRegex(ValueError, "differentiable=True is not supported"):
+                optim_info.optim_cls([real], fused=fused, differentiable=True)
+            if fused is False or "cuda" not in device:
+                with self.assertRaisesRegex(ValueError, "is not updated by the CUDA kernels"):
+                    optim_info.optim_cls([real], fused=fused, capturable=True)
         complex_param = nn.Parameter(torch.randn(3, device=device, dtype=torch.complex64))
         with self.assertRaisesRegex(ValueError, "complex64.*view_as_real"):
             optim_info.optim_cls([real, complex_param])
@@ -356,9 +358,19 @@ class TestTorchSuiteUpdates(TestCase):
         for p in model.parameters():
             self.assertEqual(p, torch.full_like(p, 0.9))
 
-    @unittest.skip("capturable=True is refused (test_refused_options): steps of CUDA graphs")
     def test_capturable(self, device):
-        raise AssertionError
+        if "cuda" not in device:
+            self.skipTest("capturable=True needs the CUDA kernels (test_refused_options)")
+        start = torch.randn(40, device=device)
+        ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        kwargs = {"lr": torch.tensor(0.01, device=device), "capturable": True}
+        opt, judge = INFO.optim_cls([ours], **kwargs), judge_of([theirs], {"lr": 0.01})
+        for _ in range(3):
+            theirs.grad = torch.randn_like(theirs)
+            ours.grad = theirs.grad.clone()
+            opt.step()
+            judge.step()
+        assert_close([ours], [theirs], "capturable")
 
     @unittest.skip("differentiable=True is refused (test_refused_options): no graph of a step")
     def test_differentiable(self, device):

@@ -72,7 +72,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     """The inputs that torch has for AdamW, and options that those leave at their defaults.
 
-    Without capturable: it is refused, see `test_refused_options`.
+    Without capturable: it is refused on the CPU, see `test_refused_options`.
     """
     theirs = [
         i for i in optim_inputs_func_adamw(device, dtype) if not i.kwargs.get("capturable", False)
@@ -118,7 +118,7 @@ INFO = OptimizerInfo(
     not_og_supported_flags=("foreach", "differentiable", "fused", "maximize", "capturable"),
     has_capturable_arg=False,
     supports_complex=False,
-    supports_fused_on=("cpu",),
+    supports_fused_on=("cpu", "cuda"),
 )
 ON_EVERY = optims([INFO], dtypes=[torch.float32])
 
