@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+EMULATOR := $(shell find tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test check bench format clean
 
@@ -15,7 +16,7 @@ test: $(VENV)/.installed
 check: $(VENV)/.checks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_stub.py tests/test_plan.py tests/test_files.py
 
@@ -28,7 +29,7 @@ bench: $(VENV)/.installed
 format: $(VENV)/.checks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(EMULATOR)
 
 # Editable: Python changes act at once; the compiled core is rebuilt when a source of it changed.
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
