@@ -15,6 +15,7 @@
 
 #include "cuda/adamw_step.h"
 #include "cuda/norms.h"
+#include "cuda/runtime.h"
 #include "cuda/tables.h"
 #include "gradients_bindings.h"
 
@@ -160,6 +161,8 @@ void register_cuda(py::module_& m) {
   m.attr("MAX_INLINE_TENSORS") = cuda::kLargeCapacity;
   m.attr("MAX_INLINE_GROUPS") = cuda::kMaxInlineGroups;
   m.attr("GROUP_BYTES") = sizeof(GroupEntry);
+  m.def("kernel_problem", &cuda::kernel_problem, py::arg("device"),
+        "Why kernels cannot run on this device; empty when they can.");
   m.def(
       "write_groups",
       [](uintptr_t out, const std::vector<GroupTuple>& groups) {

@@ -5,14 +5,14 @@ from typing import Any
 
 CHUNK_ELEMENTS: int
 
-# In builds with CUDA only, as are the two Cuda classes and the two functions that write.
+# In builds with CUDA only, as are the two Cuda classes and the three functions that follow.
 MAX_INLINE_TENSORS: int
 MAX_INLINE_GROUPS: int
 GROUP_BYTES: int
 
 def build_info() -> dict[str, Any]: ...
 def select_simd(name: str) -> None: ...
-
+def kernel_problem(device: int) -> str: ...
 def write_groups(
     out: int, groups: Sequence[tuple[float, float, float, float, float, bool, int]]
 ) -> None: ...

@@ -111,10 +111,12 @@ def choose(
     if ops.runs_natively(param):
         return ops.NativeAdamW
     if fused:
+        problem = "" if param.device.type == "cpu" else ops.kernel_problem(param.device)
         raise ValueError(
             f"fused=True, but parameter {name} (device={param.device}, dtype={param.dtype}, "
             f"strides={param.stride()}) is not a dense float32, bfloat16 or float16 tensor on "
-            f"{' or '.join(ops.native_devices())}: leave fused=None to update it with plain torch"
+            f"{' or '.join(ops.native_devices())}{problem and f', or {problem}'}: leave fused=None "
+            "to update it with plain torch"
         )
     return ReferenceAdamW
 

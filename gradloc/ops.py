@@ -8,6 +8,7 @@ outlives its memory. What can't run natively (other devices, float64, strided vi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,10 +56,23 @@ def native_devices() -> list[str]:
     return sorted({"cpu", *DEVICE_CORES})
 
 
+def kernel_problem(device: torch.device) -> str:
+    """Why the compiled kernels cannot run on a device; empty when they can."""
+    if device.type not in DEVICE_CORES:
+        return "no kernels were compiled for it"
+    # The emulated device of the tests is no CUDA device, and runs everything.
+    return _cuda_problem(device.index or 0) if device.type == "cuda" else ""
+
+
+@functools.cache
+def _cuda_problem(index: int) -> str:
+    return str(DEVICE_CORES["cuda"].kernel_problem(index))
+
+
 def runs_natively(tensor: Tensor) -> bool:
     """Whether the compiled core can work on this tensor in place."""
     return (
-        tensor.device.type in native_devices()
+        (tensor.device.type == "cpu" or kernel_problem(tensor.device) == "")
         and tensor.dtype in DTYPE_CODES
         and tensor.layout == torch.strided
         and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -125,7 +125,7 @@ class PlannedSteps(torch.optim.Optimizer):
         self, parts: list[tuple[Part, Any]], coefs: Sequence[float | Tensor], *, with_norms: bool
     ) -> list[Tensor]:
         """Update all parts; return their sums of squares by layer if asked."""
-        on_device = all(isinstance(part.work, ops.NativeAdamW) for part, _ in parts)
+        on_device = all(part.work.on_device for part, _ in parts)
         groups = [_hyperparameters(group, wait=not on_device) for group in self.param_groups]
         norm_sqs = [
             part.work.step(
@@ -245,8 +245,8 @@ class PlannedSteps(torch.optim.Optimizer):
             check_lr(group["lr"])
 
     def _check_amp(self) -> None:
-        scaled = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if self._release is not None and scaled != (None, None):
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self._release is not None and (found_inf is not None or scale is not None):
             raise RuntimeError(
                 "release_gradients=True with GradScaler: the scaled gradients were applied before "
                 "the scaler could look at them, so the parameters are wrong now; train in bfloat16 "

@@ -17,7 +17,7 @@ STUB = ast.parse((Path(ops.__file__).parent / "_C.pyi").read_text(encoding="utf-
 
 # What a build without CUDA lacks. The emulator's module has it on any machine.
 CUDA_CLASSES = {"CudaNormWork", "CudaAdamWWork"}
-CUDA_FUNCTIONS = {"write_groups", "write_gradients"}
+CUDA_FUNCTIONS = {"kernel_problem", "write_groups", "write_gradients"}
 CUDA_CONSTANTS = {"MAX_INLINE_TENSORS", "MAX_INLINE_GROUPS", "GROUP_BYTES"}
 LACKING = CUDA_CLASSES | CUDA_FUNCTIONS | CUDA_CONSTANTS if not ops.DEVICE_CORES else set()
 

@@ -1,4 +1,5 @@
-// What the CUDA runtime says about this machine, for `gradloc doctor`. Launches nothing.
+// What the CUDA runtime says about this machine, for `gradloc doctor` and for the choice of a
+// backend. Launches nothing.
 #pragma once
 
 #include <string>
@@ -12,5 +13,9 @@ struct RuntimeReport {
 };
 
 RuntimeReport runtime_report();
+
+// Why kernels cannot run on this device, such as an architecture that they were not compiled for;
+// empty when they can.
+std::string kernel_problem(int device);
 
 }  // namespace gradloc::cuda

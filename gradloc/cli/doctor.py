@@ -140,6 +140,8 @@ def _why_no_device(torch: Any) -> str:
 def _core() -> list[tuple[str, str]]:
     """The compiled module: which code of it runs, and what is missing."""
     try:
+        import torch
+
         from gradloc import ops
     except ImportError as error:
         return [("compiled core", f"not usable: {error}")]
@@ -149,10 +151,14 @@ def _core() -> list[tuple[str, str]]:
     cuda = info.get("cuda_compiled")
     # Why it was left out, or what the runtime answered: only the core knows.
     status = info.get("cuda_status")
-    compiled = f"compiled with CUDA {cuda}" if cuda else "not compiled in"
+    compiled = f"compiled with CUDA {cuda}" if cuda else "not compiled in, plain torch instead"
+    rows = [
+        (f"kernels on cuda:{index}", ops.kernel_problem(torch.device("cuda", index)) or "run")
+        for index in range(int(info.get("cuda_devices") or 0))
+    ]
     return [
         ("CPU backend", f"{info.get('simd', 'unknown')} (of {available}), {openmp}"),
         ("compiler", str(info.get("compiler", "unknown"))),
-        ("CUDA backend", "no kernels in this version: plain torch does the work on a GPU"),
-        ("CUDA runtime", f"{compiled}: {status}" if status else compiled),
+        ("CUDA backend", f"{compiled}: {status}" if status else compiled),
+        *rows,
     ]

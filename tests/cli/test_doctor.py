@@ -88,13 +88,21 @@ def test_no_device_and_no_error(no_device, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("cuda", "status", "shown"),
     [
-        (None, "built with GRADLOC_CUDA=OFF", "not compiled in: built with GRADLOC_CUDA=OFF"),
-        (None, "no CUDA compiler was found", "not compiled in: no CUDA compiler was found"),
-        (None, None, "not compiled in"),
+        (
+            None,
+            "built with GRADLOC_CUDA=OFF",
+            "not compiled in, plain torch instead: built with GRADLOC_CUDA=OFF",
+        ),
+        (
+            None,
+            "no CUDA compiler was found",
+            "not compiled in, plain torch instead: no CUDA compiler was found",
+        ),
+        (None, None, "not compiled in, plain torch instead"),
         ("12.6", "no CUDA device", "compiled with CUDA 12.6: no CUDA device"),
     ],
 )
 def test_the_reason_of_the_core_is_said_once(monkeypatch, capsys, cuda, status, shown):
     info = {**ops.build_info(), "cuda_compiled": cuda, "cuda_status": status}
     monkeypatch.setattr(ops, "build_info", lambda: info)
-    assert doctor(capsys)["CUDA runtime"] == shown
+    assert doctor(capsys)["CUDA backend"] == shown

@@ -52,6 +52,20 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
 
+// What a driver for this runtime says: its version, and that it has code for every kernel.
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int numRegs;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->numRegs = 0;
+  return cudaSuccess;
+}
+
 // Of an error that the emulator found, the string says what it found.
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
