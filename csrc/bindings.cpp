@@ -1,8 +1,9 @@
-// The compiled module as Python sees it, and the only file that knows Python. Addresses come in as
+// The compiled module as Python sees it; only the *bindings files know Python. Addresses come in as
 // integers from tensors that gradloc/ops.py has checked and keeps alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +16,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/norms.h"
 #include "gradients_bindings.h"
+#include "torch_bindings.h"
+#include "watch_bindings.h"
 #include "work.h"
 #ifdef GRADLOC_CUDA
 #include "cuda/runtime.h"
@@ -142,6 +145,19 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PyGradients>(m, "Gradients",
                           "The gradients of a step, in the order of a work's tensors.")
       .def(py::init(&make_gradients), py::arg("addresses"), py::arg("codes"), py::arg("kept"))
+      .def_property_readonly("addresses",
+                             [](const PyGradients& self) {
+                               Addresses addresses;
+                               for (const void* grad : self.list.data) {
+                                 addresses.push_back(reinterpret_cast<uintptr_t>(grad));
+                               }
+                               return addresses;
+                             })
+      .def_property_readonly("all_present",
+                             [](const PyGradients& self) {
+                               const auto& data = self.list.data;
+                               return std::find(data.begin(), data.end(), nullptr) == data.end();
+                             })
       .def_property_readonly("codes",
                              [](const PyGradients& self) {
                                std::vector<int32_t> codes;
@@ -159,6 +175,9 @@ PYBIND11_MODULE(_C, m) {
                                return present;
                              })
       .def_property_readonly("kept", [](const PyGradients& self) { return self.kept; });
+
+  gradloc::register_torch(m);
+  gradloc::register_watch(m);
 
   py::class_<NormWork>(m, "NormWork", "Tensors of which the layer norms are taken.")
       .def(

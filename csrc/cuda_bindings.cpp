@@ -48,6 +48,10 @@ struct Place {
 
 struct CudaWork {
   HostTables host;
+  std::vector<DType> grad_dtypes;  // of the tables as they were last written
+
+  // Whether the tables were written for gradients of these dtypes.
+  bool written_for(const PyGradients& grads) const { return grads.list.dtypes == grad_dtypes; }
 
   GradAddresses addresses(const PyGradients& grads, uintptr_t table) const {
     check_length("grads", grads.list.data.size(), host.num_tensors());
@@ -68,9 +72,10 @@ struct CudaWork {
 };
 
 struct CudaNormWork : CudaWork {
-  void write_tables(uintptr_t out, const std::vector<int32_t>& grad_dtypes) const {
-    check_length("grad_dtypes", grad_dtypes.size(), host.num_tensors());
-    host.write(at<char>(out), dtypes(grad_dtypes), {}, {});
+  void write_tables(uintptr_t out, const PyGradients& grads) {
+    check_length("grads", grads.list.dtypes.size(), host.num_tensors());
+    grad_dtypes = grads.list.dtypes;
+    host.write(at<char>(out), grad_dtypes, {}, {});
   }
 };
 
@@ -88,11 +93,11 @@ struct CudaAdamWWork : CudaWork {
   int32_t num_groups = 0;
   bool amsgrad = false;
 
-  void write_tables(uintptr_t out, const std::vector<int32_t>& grad_dtypes,
-                    const std::vector<double>& scales) const {
-    check_length("grad_dtypes", grad_dtypes.size(), host.num_tensors());
+  void write_tables(uintptr_t out, const PyGradients& grads, const std::vector<double>& scales) {
+    check_length("grads", grads.list.dtypes.size(), host.num_tensors());
     check_length("scales", scales.size(), static_cast<size_t>(host.num_layers()));
-    host.write(at<char>(out), dtypes(grad_dtypes), tensors, scales);
+    grad_dtypes = grads.list.dtypes;
+    host.write(at<char>(out), grad_dtypes, tensors, scales);
   }
 
   void step(const Place& place, const PyGradients& grads, uintptr_t grad_table,
@@ -126,7 +131,7 @@ CudaAdamWWork make_adamw_work(const std::vector<int64_t>& sizes, const std::vect
                               const Addresses& steps, const std::vector<int32_t>& groups,
                               const std::vector<int64_t>& tensor_ids,
                               const std::vector<int64_t>& first_elements) {
-  CudaAdamWWork work{{HostTables(sizes, layers, num_layers)}, {}};
+  CudaAdamWWork work{{HostTables(sizes, layers, num_layers), {}}, {}};
   const size_t n = work.host.num_tensors();
   check_length("params", params.size(), n);
   check_length("param_dtypes", param_dtypes.size(), n);
@@ -182,14 +187,14 @@ void register_cuda(py::module_& m) {
                            "Tensors of which a device takes the layer norms.")
       .def(py::init([](const std::vector<int64_t>& sizes, const std::vector<int32_t>& layers,
                        int32_t num_layers) {
-             return CudaNormWork{{HostTables(sizes, layers, num_layers)}};
+             return CudaNormWork{{HostTables(sizes, layers, num_layers), {}}};
            }),
            py::arg("sizes"), py::arg("layers"), py::arg("num_layers"))
       .def_property_readonly("table_bytes",
                              [](const CudaNormWork& self) { return self.host.table_bytes(); })
       .def_property_readonly("scratch_bytes",
                              [](const CudaNormWork& self) { return self.host.scratch_bytes(); })
-      .def("write_tables", &CudaNormWork::write_tables, py::arg("out"), py::arg("grad_dtypes"),
+      .def("write_tables", &CudaNormWork::write_tables, py::arg("out"), py::arg("grads"),
            "The tables into host memory, table_bytes of it.")
       .def(
           "norm_sq",
@@ -212,7 +217,9 @@ void register_cuda(py::module_& m) {
                              [](const CudaAdamWWork& self) { return self.host.table_bytes(); })
       .def_property_readonly("scratch_bytes",
                              [](const CudaAdamWWork& self) { return self.host.scratch_bytes(); })
-      .def("write_tables", &CudaAdamWWork::write_tables, py::arg("out"), py::arg("grad_dtypes"),
+      .def("written_for", &CudaAdamWWork::written_for, py::arg("grads"),
+           "Whether the tables were last written for gradients of these dtypes.")
+      .def("write_tables", &CudaAdamWWork::write_tables, py::arg("out"), py::arg("grads"),
            py::arg("scales"), "The tables into host memory, table_bytes of it.")
       .def(
           "norm_sq",

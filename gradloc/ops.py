@@ -1,4 +1,4 @@
-"""The only file that calls the compiled module: tensors are checked and addresses cross here.
+"""Where tensors are checked and their addresses cross to the compiled module.
 
 `NativeNorms` and `NativeAdamW` prepare a list of tensors once and then run on new gradients, on the
 processor or, through `ops_cuda.py`, on a CUDA device. They hold the tensors, so that no address
@@ -171,7 +171,8 @@ class NativeAdamW:
         self.slots = tuple(slots)
         for slot in self.slots:
             _check_slot(slot)
-        self._strides = [slot.param.stride() for slot in slots]
+        self._params = [slot.param for slot in slots]
+        self._strides = [param.stride() for param in self._params]
         device = slots[0].param.device if slots else torch.device("cpu")
         work = {
             "sizes": [slot.param.numel() for slot in slots],
@@ -247,13 +248,10 @@ class NativeAdamW:
             grads, groups, scales, coef, with_norms=with_norms, rounding_seed=seed
         )
         # Backward through what was changed in place is an error; autograd has to learn of it.
-        torch.autograd.graph.increment_version(
-            [
-                slot.param
-                for slot, has_grad in zip(self.slots, grads.present, strict=True)
-                if has_grad
-            ]
-        )
+        changed = self._params
+        if not grads.all_present:
+            changed = [p for p, present in zip(changed, grads.present, strict=True) if present]
+        torch.autograd.graph.increment_version(changed)
         return norm_sq
 
 
@@ -324,12 +322,17 @@ def _check_slot(slot: AdamWSlot) -> None:
     assert slot.step.dtype == torch.float32
     assert slot.step.numel() == 1
     assert slot.step.device == (slot.param.device if counts_on_device(slot.param) else _CPU)
-    for what, tensor in (("a parameter", slot.param), *(("a moment", m) for m in moments)):
+    kinds = ("parameter", slot.param), ("step count", slot.step), *(("moment", m) for m in moments)
+    for what, tensor in kinds:
         if tensor is not None and tensor.numel() and not tensor.data_ptr():
-            raise ValueError(
-                f"{what} of shape {tuple(tensor.shape)} has no memory (data_ptr() == 0): its "
-                "storage was freed or resized to 0; bring its values back before step()"
-            )
+            raise ValueError(_no_memory(what, tensor))
+
+
+def _no_memory(what: str, tensor: Tensor) -> str:
+    return (
+        f"a {what} of shape {tuple(tensor.shape)} has no memory (data_ptr() == 0): its storage was "
+        "freed or resized to 0; bring its values back before step()"
+    )
 
 
 _CPU = torch.device("cpu")
@@ -344,5 +347,7 @@ def _ordered(grad: Tensor, param: Tensor, strides: tuple[int, ...]) -> Tensor:
         ordered = torch.empty_strided(param.shape, strides, dtype=grad.dtype, device=grad.device)
         grad = ordered.copy_(grad)
     if grad.numel() and not grad.data_ptr():
+        if not grad._is_zerotensor():
+            raise ValueError(_no_memory("gradient", grad))
         grad = grad.clone()  # zeros that autograd made without giving them memory
     return grad

@@ -59,7 +59,8 @@ class CudaTables:
         self._work = work
         self._device = device
         self._on_cuda = device.type == "cuda"  # not so on the emulated device
-        self._contents: Any = None  # what the tables were last written from
+        self._written = False
+        self._scales: Sequence[float] | None = None  # that were written; never changed in place
         # Zeros, because the counters among it count from 0.
         self._scratch = torch.zeros(work.scratch_bytes, dtype=torch.uint8, device=device)
         self._tables = torch.empty(work.table_bytes, dtype=torch.uint8, device=device)
@@ -80,16 +81,18 @@ class CudaTables:
             self._streams.add(stream.cuda_stream)
         return Stream(self._device.index, stream.cuda_stream)
 
-    def addresses(self, *contents: Any) -> tuple[int, int]:
-        """Addresses of tables and scratch memory, after an upload if the contents are new.
+    def addresses(self, gradients: Any, scales: Sequence[float] | None = None) -> tuple[int, int]:
+        """Addresses of tables and scratch memory, after an upload if what is in them is new.
 
         Args:
-            contents: what `write_tables` of the work takes.
+            gradients: of the dtypes that the tables are to know.
+            scales: by layer, where the work takes them.
 
         Raises:
             RuntimeError: an upload would be needed while a CUDA graph is captured.
         """
-        if contents != self._contents:
+        same_scales = scales is self._scales or scales == self._scales
+        if not (self._written and same_scales and self._work.written_for(gradients)):
             if self._on_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "an optimizer step that CUDA graphs capture must have run before, on the same "
@@ -97,9 +100,11 @@ class CudaTables:
                     "capture anew after set_plan()"
                 )
             host = self._host(self._tables.numel())
+            self._written = False  # until all of what follows went well
+            contents = (gradients,) if scales is None else (gradients, list(scales))
             self._work.write_tables(host.data_ptr(), *contents)
             self._tables.copy_(host, non_blocking=True)
-            self._contents = contents
+            self._scales, self._written = scales, True
         return self._tables.data_ptr(), self._scratch.data_ptr()
 
     def table_of_gradients(self, gradients: Any, count: int) -> Tensor | None:
@@ -155,7 +160,7 @@ class CudaNorms:
     def norm_sq(self, gradients: Any) -> Tensor:
         """Sums of squares by layer, float64 [num_layers] on the device. One launch."""
         out = self._sums.new()
-        addresses = self._tables.addresses(gradients.codes)
+        addresses = self._tables.addresses(gradients)
         table = self._tables.table_of_gradients(gradients, self._count)
         self._work.norm_sq(
             *addresses, gradients, _address(table), out.data_ptr(), *self._tables.stream()
@@ -181,13 +186,12 @@ class CudaAdamW:
         self._device = device
         self._tables = CudaTables(core, self._work, device)
         self._count = count
-        self._scales: list[float] = [1.0] * num_layers
         self._sums = _Sums(num_layers, device)
 
     def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
         """Sums of squares by layer, float64 [num_layers]; with a decision also what follows."""
         out = self._sums.new()
-        addresses = self._tables.addresses(gradients.codes, list(scales))
+        addresses = self._tables.addresses(gradients, scales)
         table = self._tables.table_of_gradients(gradients, self._count)
         max_norm = None if decision is None else decision.max_norm
         self._work.norm_sq(
@@ -225,7 +229,7 @@ class CudaAdamW:
             rounding_seed: of stochastic rounding.
         """
         out = self._sums.new() if with_norms else None
-        addresses = self._tables.addresses(gradients.codes, list(scales))
+        addresses = self._tables.addresses(gradients, scales)
         lrs = [self._lr(group.lr_tensor) for group in groups]
         tuples = [
             (g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize, _address(lr))

@@ -105,6 +105,8 @@ class DeviceControl:
 
     def on(self, device: torch.device) -> Tensor:
         """The control for a part on this device."""
+        if device == self.values.device:
+            return self.values
         return self.values.to(device, non_blocking=True)
 
     def _here(self, tensor: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ class StepNorms:
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self._norm_sq: Tensor | None = None
-        self._measured: list[int] = []
+        self._measured: Set[int] = frozenset()
 
     def record(
-        self, norm_sqs: Sequence[Tensor], measured: set[int], unscale: float | Tensor
+        self, norm_sqs: Sequence[Tensor], measured: Set[int], unscale: float | Tensor
     ) -> Tensor:
         """Take the sums of a step.
 
@@ -45,7 +45,7 @@ class StepNorms:
             total = torch.zeros(self._num_layers, dtype=torch.float64, device="cpu")
         known_one = not isinstance(unscale, Tensor) and unscale == 1.0
         self._norm_sq = total if known_one else total * unscale**2
-        self._measured = sorted(measured)
+        self._measured = measured
         return self._norm_sq
 
     @property
@@ -63,5 +63,5 @@ class StepNorms:
             raise ValueError("no norms yet: call grad_norms() after a step")
         norms = self._norm_sq.sqrt().float()
         unmeasured = torch.ones(norms.shape, dtype=torch.bool, device=norms.device)
-        unmeasured[self._measured] = False
+        unmeasured[sorted(self._measured)] = False
         return norms.masked_fill_(unmeasured, math.nan)

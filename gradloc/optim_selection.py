@@ -34,6 +34,7 @@ class Selection:
         self.names = ("all parameters",) if layers is None else layers.names
         self.plan: LayerPlan | None = None
         self._layer_ids: list[list[int]] = []  # by param group, then by parameter
+        self._scales: tuple[LayerPlan | None, list[float]] = None, [1.0] * len(self.names)
 
     def copy(self) -> Selection:
         """One that changes by itself."""
@@ -61,10 +62,13 @@ class Selection:
             check_plan(plan, self.layers, self._layer_ids)
 
     def scales(self) -> list[float]:
-        """Learning-rate scales in the order of `names`."""
-        if self.plan is None:
-            return [1.0] * len(self.names)
-        return [self.plan.scales[name] for name in self.names]
+        """Learning-rate scales in the order of `names`; the same list as long as they are."""
+        plan, scales = self._scales
+        if plan is not self.plan or len(scales) != len(self.names):
+            named = None if self.plan is None else self.plan.scales
+            scales = [1.0 if named is None else named[name] for name in self.names]
+            self._scales = self.plan, scales
+        return scales
 
     def in_force(self) -> LayerPlan:
         """The plan, or without one the plan under which all that the optimizer has trains."""

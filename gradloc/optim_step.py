@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -64,13 +64,16 @@ class PlannedSteps(torch.optim.Optimizer):
         if self._release is not None:
             return self._finish_release(self._release, loss)
         self._check_lrs()
-        work = self._step_work()
-        parts = work.gather()
+        work, parts = self._gathered()
         measured = work.layers_with_grad()
         on_device = bool(parts) and all(part.work.on_device for part, _ in parts)
         if on_device and self._on_nonfinite != "raise":  # to raise is to wait
             self._prove(work, measured)
-            self._update_on_device(parts, measured)
+            try:
+                self._update_on_device(parts, measured)
+            except Exception:  # a launch that failed
+                work.drop_fresh()
+                raise
         elif not self._update_on_host(work, parts, measured):
             return loss
         if not self._said:
@@ -78,7 +81,7 @@ class PlannedSteps(torch.optim.Optimizer):
         return loss
 
     def _update_on_host(
-        self, work: StepWork, parts: list[tuple[Part, Any]], measured: set[int]
+        self, work: StepWork, parts: list[tuple[Part, Any]], measured: Set[int]
     ) -> bool:
         """Decide here whether the step happens and how far it is clipped; False if it does not."""
         unscale = self._amp_unscale()
@@ -104,7 +107,7 @@ class PlannedSteps(torch.optim.Optimizer):
             self._norms.record(norm_sqs, measured, unscale)
         return True
 
-    def _update_on_device(self, parts: list[tuple[Part, Any]], measured: set[int]) -> None:
+    def _update_on_device(self, parts: list[tuple[Part, Any]], measured: Set[int]) -> None:
         """The same without waiting: what is decided stays on the device."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         rule = Rule(self._max_grad_norm, self._on_nonfinite == "skip", found_inf, grad_scale)
@@ -193,13 +196,22 @@ class PlannedSteps(torch.optim.Optimizer):
     def _rounding_seed(self) -> int | None:
         return self._seed if self._stochastic_rounding else None
 
+    def _gathered(self) -> tuple[StepWork, list[tuple[Part, Any]]]:
+        if self._work is not None:
+            parts = self._work.gather_unchanged(self.param_groups, self.state)
+            if parts is not None:
+                return self._work, parts
+        work = self._step_work()
+        return work, work.gather()
+
     def _step_work(self) -> StepWork:
         stale = self._work is not None and not self._work.is_over(self.param_groups, self.state)
         if self._work is None or stale:
-            self._work = self._work_over(self._selection.divide(self.param_groups)[0])
+            active = self._selection.divide(self.param_groups)[0]
+            self._work = self._work_over(active, watched=True)
         return self._work
 
-    def _work_over(self, active: list[Active]) -> StepWork:
+    def _work_over(self, active: list[Active], *, watched: bool) -> StepWork:
         return StepWork(
             active,
             self.param_groups,
@@ -207,9 +219,10 @@ class PlannedSteps(torch.optim.Optimizer):
             len(self._selection.names),
             state_dtype=self._state_dtype,
             rounding=self._stochastic_rounding,
+            watched=watched,
         )
 
-    def _prove(self, work: StepWork | None, measured: set[int]) -> None:
+    def _prove(self, work: StepWork | None, measured: Set[int]) -> None:
         """At the first step of a plan: check that what it trains has gradients."""
         chosen = self._selection
         if self._said:
@@ -276,7 +289,9 @@ class PlannedSteps(torch.optim.Optimizer):
         assert self._release is not None
         if not self._single or (not self._release.in_step and self._single_is_stale()):
             active = self._selection.divide(self.param_groups)[0]
-            self._single = {one.param: (one.layer, self._work_over([one])) for one in active}
+            self._single = {
+                one.param: (one.layer, self._work_over([one], watched=False)) for one in active
+            }
         if param not in self._single:
             return None  # frozen
         self._check_lrs()

@@ -5,7 +5,7 @@ Holds no optimizer state of its own; `LocalizedAdamW` decides when to prepare an
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from gradloc import backends, ops, sharding
 from gradloc.optim_checks import check_grad, parameter_name
 from gradloc.optim_state import ensure_state, is_complete, laid_out, mend_step, moment_dtype
+from gradloc.watch import Watch, watch
 
 
 class Active(NamedTuple):
@@ -52,6 +53,7 @@ class StepWork:
         num_layers: number of layers.
         state_dtype: dtype of the moments; None: float32 or wider.
         rounding: whether steps will round stochastically.
+        watched: whether `gather_unchanged` is to serve; it looks at all of the optimizer.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class StepWork:
         *,
         state_dtype: torch.dtype | None,
         rounding: bool,
+        watched: bool,
     ) -> None:
         self.active = list(active)
         self._groups = groups
@@ -77,6 +80,9 @@ class StepWork:
         self._fresh: list[Tensor] = []  # parameters whose state was made by the last `gather`
         self._key: list[Any] | None = None
         self._parts: list[Part] = []
+        self._watched = watched
+        self._watch: Watch | None = None
+        self._with_grad: Set[int] | None = None  # layers, as `gather_unchanged` found them
 
     def is_over(
         self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, dict[str, Any]]
@@ -87,12 +93,30 @@ class StepWork:
         """
         return self._groups is groups and self._states is states and self._params == _ids(groups)
 
+    def gather_unchanged(
+        self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, dict[str, Any]]
+    ) -> list[tuple[Part, Any]] | None:
+        """What `gather` would give, where nothing was exchanged and all gradients are ordinary.
+
+        None where that is not so, and where it is not known: `is_over` and `gather` see to it then.
+        """
+        self._with_grad = None
+        if self._watch is None or self._groups is not groups or self._states is not states:
+            return None
+        grads = self._watch.gradients() if self._watch.unchanged() else None
+        if grads is None:
+            return None
+        self._fresh = []
+        self._with_grad = self._watch.layers_with_grad
+        return list(zip(self._parts, grads, strict=True))
+
     def gather(self) -> list[tuple[Part, Any]]:
         """Check the gradients, make missing state, and give each backend its gradients.
 
         Raises:
             ValueError: a gradient or a moment does not fit; nothing has been changed then.
         """
+        self._with_grad = None
         grads = [self._checked_grad(one) for one in self.active]
         self._fresh = [
             one.param
@@ -101,6 +125,7 @@ class StepWork:
         ]
         try:
             self._refresh()
+            self._remember()
         except Exception:
             self.drop_fresh()
             raise
@@ -109,8 +134,10 @@ class StepWork:
             for part in self._parts
         ]
 
-    def layers_with_grad(self) -> set[int]:
+    def layers_with_grad(self) -> Set[int]:
         """Indices of the layers of which a parameter has a gradient."""
+        if self._with_grad is not None:
+            return self._with_grad
         return {one.layer for one in self.active if one.param.grad is not None}
 
     def drop_fresh(self) -> None:
@@ -127,11 +154,14 @@ class StepWork:
         return sharding.local_grad(grad, one.param)
 
     def _ensure_state(self, one: Active) -> bool:
+        state, amsgrad = self._states[one.param], self._groups[one.group]["amsgrad"]
+        if is_complete(state, amsgrad=amsgrad):
+            return False
         return ensure_state(
-            self._states[one.param],
+            state,
             one.param,
             moment_dtype(one.param, self._state_dtype),
-            amsgrad=self._groups[one.group]["amsgrad"],
+            amsgrad=amsgrad,
             step_device=self._step_device(one),
         )
 
@@ -147,6 +177,7 @@ class StepWork:
         """Prepare the parts anew when a parameter or its state is no longer the tensor it was."""
         if self._key is not None and self._now() == self._key:
             return
+        self._watch = None
         found: dict[Any, tuple[list[ops.AdamWSlot], list[int]]] = {}
         for member, one in enumerate(self.active):
             state = self._states.get(one.param, {})
@@ -161,6 +192,16 @@ class StepWork:
             for (backend, _, reduction), (slots, members) in found.items()
         ]
         self._key = self._now()
+
+    def _remember(self) -> None:
+        """Let `gather_unchanged` serve the next steps, if the core updates all."""
+        native = all(isinstance(part.work, ops.NativeAdamW) for part in self._parts)
+        if not self._watched or not native or (self._watch and self._watch.unchanged()):
+            return
+        if self._watch is None:
+            params, layers = [one.param for one in self.active], [one.layer for one in self.active]
+            self._watch = watch(self._groups, self._states, params, layers)
+        self._watch.remember([part.members for part in self._parts])
 
     def _slot(self, one: Active) -> tuple[ops.AdamWSlot, Any]:
         """A parameter with its state as backends take it, and which part it belongs to."""
