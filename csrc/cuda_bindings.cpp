@@ -48,10 +48,24 @@ struct Place {
 
 struct CudaWork {
   HostTables host;
-  std::vector<DType> grad_dtypes;  // of the tables as they were last written
+  // [num_tensors] as the tables have them; of a tensor without a gradient, that of its last one.
+  std::vector<DType> grad_dtypes;
 
-  // Whether the tables were written for gradients of these dtypes.
-  bool written_for(const PyGradients& grads) const { return grads.list.dtypes == grad_dtypes; }
+  // Whether the tables are written for gradients of these dtypes.
+  bool written_for(const PyGradients& grads) const {
+    check_length("grads", grads.list.data.size(), host.num_tensors());
+    for (size_t i = 0; i < grad_dtypes.size(); ++i) {
+      if (grads.list.data[i] != nullptr && grads.list.dtypes[i] != grad_dtypes[i]) return false;
+    }
+    return true;
+  }
+
+  void take_dtypes(const PyGradients& grads) {
+    check_length("grads", grads.list.data.size(), host.num_tensors());
+    for (size_t i = 0; i < grad_dtypes.size(); ++i) {
+      if (grads.list.data[i] != nullptr) grad_dtypes[i] = grads.list.dtypes[i];
+    }
+  }
 
   GradAddresses addresses(const PyGradients& grads, uintptr_t table) const {
     check_length("grads", grads.list.data.size(), host.num_tensors());
@@ -73,8 +87,7 @@ struct CudaWork {
 
 struct CudaNormWork : CudaWork {
   void write_tables(uintptr_t out, const PyGradients& grads) {
-    check_length("grads", grads.list.dtypes.size(), host.num_tensors());
-    grad_dtypes = grads.list.dtypes;
+    take_dtypes(grads);
     host.write(at<char>(out), grad_dtypes, {}, {});
   }
 };
@@ -94,9 +107,8 @@ struct CudaAdamWWork : CudaWork {
   bool amsgrad = false;
 
   void write_tables(uintptr_t out, const PyGradients& grads, const std::vector<double>& scales) {
-    check_length("grads", grads.list.dtypes.size(), host.num_tensors());
     check_length("scales", scales.size(), static_cast<size_t>(host.num_layers()));
-    grad_dtypes = grads.list.dtypes;
+    take_dtypes(grads);
     host.write(at<char>(out), grad_dtypes, tensors, scales);
   }
 
@@ -131,7 +143,7 @@ CudaAdamWWork make_adamw_work(const std::vector<int64_t>& sizes, const std::vect
                               const Addresses& steps, const std::vector<int32_t>& groups,
                               const std::vector<int64_t>& tensor_ids,
                               const std::vector<int64_t>& first_elements) {
-  CudaAdamWWork work{{HostTables(sizes, layers, num_layers), {}}, {}};
+  CudaAdamWWork work{{HostTables(sizes, layers, num_layers), dtypes(param_dtypes)}, {}};
   const size_t n = work.host.num_tensors();
   check_length("params", params.size(), n);
   check_length("param_dtypes", param_dtypes.size(), n);
@@ -187,7 +199,8 @@ void register_cuda(py::module_& m) {
                            "Tensors of which a device takes the layer norms.")
       .def(py::init([](const std::vector<int64_t>& sizes, const std::vector<int32_t>& layers,
                        int32_t num_layers) {
-             return CudaNormWork{{HostTables(sizes, layers, num_layers), {}}};
+             HostTables host(sizes, layers, num_layers);
+             return CudaNormWork{{host, std::vector<DType>(sizes.size(), DType::kFloat32)}};
            }),
            py::arg("sizes"), py::arg("layers"), py::arg("num_layers"))
       .def_property_readonly("table_bytes",

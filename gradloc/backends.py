@@ -21,6 +21,9 @@ class AdamWWork(Protocol):
     def gather(self, grads: Sequence[Tensor | None]) -> Any:
         """Bring the gradients of `slots` into the form that the other two take."""
 
+    def prepare(self, grads: Any, scales: Sequence[float]) -> None:
+        """Have all ready that the next two need beside the gradients."""
+
     def norm_sq(
         self, grads: Any, scales: Sequence[float], decision: Decision | None = None
     ) -> Tensor:
@@ -55,6 +58,9 @@ class ReferenceAdamW:
     def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients as they are."""
         return list(grads)
+
+    def prepare(self, grads: list[Tensor | None], scales: Sequence[float]) -> None:
+        """Nothing is needed."""
 
     def norm_sq(
         self,

@@ -129,6 +129,7 @@ class _HostNorms:
 
 def gradients_of(grads: Sequence[Tensor | None]) -> Any:
     """Gradients as the core takes them; all pass `runs_natively` or are None."""
+    grads = [None if grad is None else _with_memory(grad) for grad in grads]
     # Empty tensors have no address, and no chunks: any but that of a missing gradient will do.
     addresses = [0 if grad is None else grad.data_ptr() or 1 for grad in grads]
     codes = [0 if grad is None else DTYPE_CODES[grad.dtype] for grad in grads]
@@ -208,6 +209,10 @@ class NativeAdamW:
             ]
         )
 
+    def prepare(self, grads: Any, scales: Sequence[float]) -> None:
+        """Have all ready that the next passes over these gradients need beside them."""
+        self._engine.prepare(grads, scales)
+
     def norm_sq(
         self, grads: Any, scales: Sequence[float], decision: Decision | None = None
     ) -> Tensor:
@@ -258,6 +263,9 @@ class NativeAdamW:
 class AdamWEngine(Protocol):
     """What runs the passes of `NativeAdamW` on one kind of device; see its methods."""
 
+    def prepare(self, gradients: Any, scales: Sequence[float]) -> None:
+        """Before the passes."""
+
     def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
         """Sums of squares by layer."""
 
@@ -278,6 +286,9 @@ class _HostAdamW:
     def __init__(self, work: dict[str, Any]) -> None:
         self._work = _C.AdamWWork(**work)
         self._num_layers: int = work["num_layers"]
+
+    def prepare(self, gradients: Any, scales: Sequence[float]) -> None:
+        """Nothing is uploaded."""
 
     def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
         assert decision is None
@@ -345,9 +356,14 @@ def _ordered(grad: Tensor, param: Tensor, strides: tuple[int, ...]) -> Tensor:
     grad = grad.resolve_neg()
     if grad.stride() != strides and not (grad.is_contiguous() and param.is_contiguous()):
         ordered = torch.empty_strided(param.shape, strides, dtype=grad.dtype, device=grad.device)
-        grad = ordered.copy_(grad)
-    if grad.numel() and not grad.data_ptr():
-        if not grad._is_zerotensor():
-            raise ValueError(_no_memory("gradient", grad))
-        grad = grad.clone()  # zeros that autograd made without giving them memory
+        grad = ordered.copy_(_with_memory(grad))
     return grad
+
+
+def _with_memory(grad: Tensor) -> Tensor:
+    """The gradient, or a copy of zeros that autograd made without giving them memory."""
+    if grad.data_ptr() or not grad.numel():
+        return grad
+    if not grad._is_zerotensor():
+        raise ValueError(_no_memory("gradient", grad))
+    return grad.clone()

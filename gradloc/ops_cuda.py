@@ -1,14 +1,14 @@
 """The compiled core's work on CUDA devices: tables uploaded when they change, launches, decisions.
 
 Device memory comes from torch and is kept here, so that the core allocates nothing; launches go to
-the stream that is current for the tensors' device. No call waits for the device. The classes take
-the compiled module as an argument, because the tests run the same code on an emulated device.
+the stream that is current for the tensors' device; a work is used on one stream at a time. No call
+waits for the device. The classes take the compiled module as an argument, because the tests run the
+same code on an emulated device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +45,22 @@ class Decision:
     grad_scale: Tensor | None = None
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Check that no CUDA graph is being captured, where something would be made that outlives it.
+
+    What is filled inside a capture is filled only when the graph runs, and then every time.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "what CUDA graphs capture must have run before, on the same parameters, plan and "
+            "dtypes: run an ordinary step before torch.cuda.graph(...), and again before each "
+            "capture after set_plan() or load_state_dict(). Nothing was changed"
+        )
+
+
 class CudaTables:
     """What a work has in device memory: tables, scratch memory, and the addresses of a step.
 
@@ -55,6 +71,7 @@ class CudaTables:
     """
 
     def __init__(self, core: Any, work: Any, device: torch.device) -> None:
+        refuse_capture(device)
         self._core = core
         self._work = work
         self._device = device
@@ -65,7 +82,8 @@ class CudaTables:
         self._scratch = torch.zeros(work.scratch_bytes, dtype=torch.uint8, device=device)
         self._tables = torch.empty(work.table_bytes, dtype=torch.uint8, device=device)
         self._streams: set[int] = set()  # on which the memory was used
-        self._kept: list[Tensor] = []  # host memory that captured graphs copy from
+        self._spare: dict[int, Tensor] = {}  # host memory for a capture to come, by bytes
+        self._captured: list[Tensor] = []  # host memory that captured graphs copy from
 
     def stream(self) -> Stream:
         """The current stream of the device."""
@@ -93,12 +111,7 @@ class CudaTables:
         """
         same_scales = scales is self._scales or scales == self._scales
         if not (self._written and same_scales and self._work.written_for(gradients)):
-            if self._on_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "an optimizer step that CUDA graphs capture must have run before, on the same "
-                    "parameters, plan and dtypes: run a step before torch.cuda.graph(...), and "
-                    "capture anew after set_plan()"
-                )
+            refuse_capture(self._device)
             host = self._host(self._tables.numel())
             self._written = False  # until all of what follows went well
             contents = (gradients,) if scales is None else (gradients, list(scales))
@@ -111,21 +124,28 @@ class CudaTables:
         """Gradient addresses in device memory; None where they fit into a launch's parameters."""
         if count <= self._core.MAX_INLINE_TENSORS:
             return None
-        host = self._host(8 * count)
-        self._core.write_gradients(host.data_ptr(), gradients)
-        return self._uploaded(host)
+        return self._uploaded(8 * count, self._core.write_gradients, gradients)
 
     def table_of_groups(self, groups: list[tuple[Any, ...]]) -> Tensor | None:
         """Param groups in device memory; None where they fit into a launch's parameters."""
         if len(groups) <= self._core.MAX_INLINE_GROUPS:
             return None
-        host = self._host(self._core.GROUP_BYTES * len(groups))
-        self._core.write_groups(host.data_ptr(), groups)
-        return self._uploaded(host)
+        num_bytes = self._core.GROUP_BYTES * len(groups)
+        return self._uploaded(num_bytes, self._core.write_groups, groups)
 
-    def _uploaded(self, host: Tensor) -> Tensor:
+    def _uploaded(self, num_bytes: int, write: Callable[[int, Any], None], what: Any) -> Tensor:
+        """Host memory that `write` fills, on the device."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
-            self._kept.append(host)  # a replay copies from it again
+            # Pinned memory is not to be had inside a capture, and a replay copies from it again.
+            if num_bytes not in self._spare:
+                refuse_capture(self._device)
+            host = self._spare.pop(num_bytes)
+            self._captured.append(host)
+        else:
+            host = self._host(num_bytes)
+            if self._on_cuda and num_bytes not in self._spare:
+                self._spare[num_bytes] = self._host(num_bytes)
+        write(host.data_ptr(), what)
         # From pinned memory, which torch does not hand out again before the copy is done.
         return host.to(self._device, non_blocking=True)
 
@@ -188,6 +208,10 @@ class CudaAdamW:
         self._count = count
         self._sums = _Sums(num_layers, device)
 
+    def prepare(self, gradients: Any, scales: Sequence[float]) -> None:
+        """Upload what the next launches read beside these gradients, so that they cannot fail."""
+        self._tables.addresses(gradients, scales)
+
     def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
         """Sums of squares by layer, float64 [num_layers]; with a decision also what follows."""
         out = self._sums.new()
@@ -200,7 +224,7 @@ class CudaAdamW:
             _address(table),
             out.data_ptr(),
             0 if decision is None else decision.control.data_ptr(),
-            math.inf if max_norm is None else max_norm,
+            -1.0 if max_norm is None else max_norm,
             decision is not None and decision.skip_nonfinite,
             _address(None if decision is None else decision.found_inf),
             _address(None if decision is None else decision.grad_scale),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradloc.ops_cuda import Decision
+from gradloc import sharding
+from gradloc.ops_cuda import Decision, refuse_capture
 from gradloc.optim_work import Part
 from gradloc.reference import clip_coefficient
 
@@ -26,8 +27,8 @@ class Rule:
     Attributes:
         max_norm: clip to this total norm; None: don't.
         skip_nonfinite: whether an infinite or NaN norm skips the step.
-        found_inf: GradScaler's flag, or None.
-        grad_scale: GradScaler's scale, or None.
+        found_inf: GradScaler's flag, or None; float32 [1] on the device of the control.
+        grad_scale: GradScaler's scale, or None; likewise.
     """
 
     max_norm: float | None
@@ -50,6 +51,7 @@ class DeviceControl:
     """The control of an optimizer's steps, on the device of its first part."""
 
     def __init__(self, device: torch.device) -> None:
+        refuse_capture(device)
         self.values = torch.zeros(3, dtype=torch.float32, device=device)
 
     def num_skipped(self) -> int:
@@ -66,32 +68,25 @@ class DeviceControl:
             scales: by layer.
             rule: what is asked.
         """
-        found_inf, grad_scale = self._here(rule.found_inf), self._here(rule.grad_scale)
         if rule.needs_norms and len(parts) == 1 and parts[0][0].reduction is None:
             ((part, grads),) = parts
             decision = Decision(
-                self.values, rule.max_norm, rule.skip_nonfinite, found_inf, grad_scale
+                self.values, rule.max_norm, rule.skip_nonfinite, rule.found_inf, rule.grad_scale
             )
             return [part.work.norm_sq(grads, scales, decision)]
         norm_sqs = []
         if rule.needs_norms:
             norm_sqs = [part.reduced(part.work.norm_sq(grads, scales)) for part, grads in parts]
-        self._decide(norm_sqs, rule, found_inf, grad_scale)
+        self._decide(norm_sqs, rule)
         return norm_sqs
 
-    def _decide(
-        self,
-        norm_sqs: list[Tensor],
-        rule: Rule,
-        found_inf: Tensor | None,
-        grad_scale: Tensor | None,
-    ) -> None:
+    def _decide(self, norm_sqs: list[Tensor], rule: Rule) -> None:
         """What the kernel decides for a single part, for several in torch operations."""
         one = torch.ones((), dtype=torch.float64, device=self.values.device)
-        coef = one if grad_scale is None else one / grad_scale
+        coef = one if rule.grad_scale is None else one / rule.grad_scale
         skip = torch.zeros_like(one, dtype=torch.bool)
-        if found_inf is not None:
-            skip = skip | (found_inf != 0)
+        if rule.found_inf is not None:
+            skip = skip | (rule.found_inf != 0)
         if norm_sqs:
             sums = [n.sum().to(self.values.device, non_blocking=True) for n in norm_sqs]
             norm = torch.stack(sums).sum().sqrt() * coef
@@ -109,9 +104,12 @@ class DeviceControl:
             return self.values
         return self.values.to(device, non_blocking=True)
 
-    def _here(self, tensor: Tensor | None) -> Tensor | None:
-        """GradScaler's tensors, as kernels read them."""
-        if tensor is None:
-            return None
-        device = self.values.device
-        return tensor.detach().reshape(()).to(device, torch.float32, non_blocking=True)
+
+def scaler_value(value: Any, device: torch.device) -> Tensor | None:
+    """What GradScaler left on an optimizer, as kernels on this device read it; None stays None."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value, dtype=torch.float32)
+    if sharding.is_sharded(tensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().reshape(()).to(device, torch.float32, non_blocking=True)

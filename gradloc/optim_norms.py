@@ -62,6 +62,9 @@ class StepNorms:
         if self._norm_sq is None:
             raise ValueError("no norms yet: call grad_norms() after a step")
         norms = self._norm_sq.sqrt().float()
-        unmeasured = torch.ones(norms.shape, dtype=torch.bool, device=norms.device)
+        # Made here and sent off: an index would be copied to the device and waited for.
+        unmeasured = torch.ones(norms.shape, dtype=torch.bool, device="cpu")
         unmeasured[sorted(self._measured)] = False
-        return norms.masked_fill_(unmeasured, math.nan)
+        if norms.is_cuda:
+            unmeasured = unmeasured.pin_memory()
+        return norms.masked_fill_(unmeasured.to(norms.device, non_blocking=True), math.nan)

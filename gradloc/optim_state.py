@@ -130,7 +130,8 @@ def mend_step(state: dict[str, Any], device: torch.device | None = None) -> Tens
     step = state["step"]
     step = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
     if step.dtype != torch.float32 or step.dim() or step.device != (device or step.device):
-        step = step.reshape(()).to(device or step.device, torch.float32)
+        to_device = device is not None and device.type != "cpu"  # the other way has to wait
+        step = step.reshape(()).to(device or step.device, torch.float32, non_blocking=to_device)
     state["step"] = step
     return step
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradloc import ops, optim_report, sharding
 from gradloc.optim_checks import check_lr
-from gradloc.optim_device import DeviceControl, Rule
+from gradloc.optim_device import DeviceControl, Rule, scaler_value
 from gradloc.optim_freeze import bring_back, put_away
 from gradloc.optim_norms import StepNorms
 from gradloc.optim_release import GradientRelease
@@ -71,8 +71,9 @@ class PlannedSteps(torch.optim.Optimizer):
             self._prove(work, measured)
             try:
                 self._update_on_device(parts, measured)
-            except Exception:  # a launch that failed
-                work.drop_fresh()
+            except Exception:
+                if len(parts) == 1:  # a launch that failed: nothing was changed
+                    work.drop_fresh()
                 raise
         elif not self._update_on_host(work, parts, measured):
             return loss
@@ -109,10 +110,13 @@ class PlannedSteps(torch.optim.Optimizer):
 
     def _update_on_device(self, parts: list[tuple[Part, Any]], measured: Set[int]) -> None:
         """The same without waiting: what is decided stays on the device."""
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        rule = Rule(self._max_grad_norm, self._on_nonfinite == "skip", found_inf, grad_scale)
-        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.detach().reshape(())
         devices = [part.work.slots[0].param.device for part, _ in parts]
+        found_inf = scaler_value(getattr(self, "found_inf", None), devices[0])
+        grad_scale = scaler_value(getattr(self, "grad_scale", None), devices[0])
+        rule = Rule(self._max_grad_norm, self._on_nonfinite == "skip", found_inf, grad_scale)
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
+        for part, grads in parts if len(parts) > 1 else ():
+            part.work.prepare(grads, self._selection.scales())  # before the first is changed
         coefs: list[float | Tensor] = [1.0] * len(parts)
         norm_sqs: list[Tensor] = []
         if rule.decides:

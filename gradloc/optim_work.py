@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradloc import backends, ops, sharding
+from gradloc.ops_cuda import refuse_capture
 from gradloc.optim_checks import check_grad, parameter_name
 from gradloc.optim_state import ensure_state, is_complete, laid_out, mend_step, moment_dtype
 from gradloc.watch import Watch, watch
@@ -157,6 +158,7 @@ class StepWork:
         state, amsgrad = self._states[one.param], self._groups[one.group]["amsgrad"]
         if is_complete(state, amsgrad=amsgrad):
             return False
+        refuse_capture(one.param.device)
         return ensure_state(
             state,
             one.param,
@@ -177,6 +179,8 @@ class StepWork:
         """Prepare the parts anew when a parameter or its state is no longer the tensor it was."""
         if self._key is not None and self._now() == self._key:
             return
+        for one in self.active:
+            refuse_capture(one.param.device)
         self._watch = None
         found: dict[Any, tuple[list[ops.AdamWSlot], list[int]]] = {}
         for member, one in enumerate(self.active):

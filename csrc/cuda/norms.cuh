@@ -70,8 +70,7 @@ inline __device__ void decide(const Decision& decision, double total) {
   const bool overflow = decision.found_inf != nullptr && *decision.found_inf != 0.0f;
   const bool skip = overflow || (decision.skip_nonfinite && !isfinite(norm));
   Control& control = *decision.control;
-  // An infinite max_norm means no clipping, also where the norm is not finite.
-  control.grad_coef = static_cast<float>(isfinite(decision.max_norm) ? clip * unscale : unscale);
+  control.grad_coef = static_cast<float>(decision.max_norm < 0.0 ? unscale : clip * unscale);
   control.skip = skip ? 1.0f : 0.0f;
   if (skip) control.num_skipped += 1.0f;
 }

@@ -79,7 +79,7 @@ struct Control {
 // What turns norms into a Control, in the block that finishes last.
 struct Decision {
   Control* control;         // [1], or null: norms only
-  double max_norm;          // clip to this; infinity: don't
+  double max_norm;          // clip to this; negative: don't
   const float* found_inf;   // [1] or null: not 0 skips the step (GradScaler)
   const float* grad_scale;  // [1] or null: gradients are this times too large
   bool skip_nonfinite;      // whether an infinite or NaN norm skips the step

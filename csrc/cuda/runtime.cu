@@ -46,6 +46,12 @@ RuntimeReport runtime_report() {
 
 std::string kernel_problem(int device) {
   try {
+    int driver = 0;
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    if (driver < 12010) {
+      return "the NVIDIA driver is made for CUDA " + version_name(driver) +
+             ", and the kernels' parameters need 12.1: update the driver";
+    }
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, probe_kernel), "cudaFuncGetAttributes");
