@@ -207,6 +207,8 @@ void register_cuda(py::module_& m) {
                              [](const CudaNormWork& self) { return self.host.table_bytes(); })
       .def_property_readonly("scratch_bytes",
                              [](const CudaNormWork& self) { return self.host.scratch_bytes(); })
+      .def("written_for", &CudaNormWork::written_for, py::arg("grads"),
+           "Whether the tables were last written for gradients of these dtypes.")
       .def("write_tables", &CudaNormWork::write_tables, py::arg("out"), py::arg("grads"),
            "The tables into host memory, table_bytes of it.")
       .def(

@@ -82,7 +82,8 @@ class CudaTables:
         self._scratch = torch.zeros(work.scratch_bytes, dtype=torch.uint8, device=device)
         self._tables = torch.empty(work.table_bytes, dtype=torch.uint8, device=device)
         self._streams: set[int] = set()  # on which the memory was used
-        self._spare: dict[int, Tensor] = {}  # host memory for a capture to come, by bytes
+        # Host memory for a capture to come, by use and bytes.
+        self._spare: dict[tuple[str, int], Tensor] = {}
         self._captured: list[Tensor] = []  # host memory that captured graphs copy from
 
     def stream(self) -> Stream:
@@ -120,31 +121,34 @@ class CudaTables:
             self._scales, self._written = scales, True
         return self._tables.data_ptr(), self._scratch.data_ptr()
 
-    def table_of_gradients(self, gradients: Any, count: int) -> Tensor | None:
+    def table_of_gradients(self, launch: str, gradients: Any, count: int) -> Tensor | None:
         """Gradient addresses in device memory; None where they fit into a launch's parameters."""
         if count <= self._core.MAX_INLINE_TENSORS:
             return None
-        return self._uploaded(8 * count, self._core.write_gradients, gradients)
+        return self._uploaded(launch, 8 * count, self._core.write_gradients, gradients)
 
     def table_of_groups(self, groups: list[tuple[Any, ...]]) -> Tensor | None:
         """Param groups in device memory; None where they fit into a launch's parameters."""
         if len(groups) <= self._core.MAX_INLINE_GROUPS:
             return None
         num_bytes = self._core.GROUP_BYTES * len(groups)
-        return self._uploaded(num_bytes, self._core.write_groups, groups)
+        return self._uploaded("groups", num_bytes, self._core.write_groups, groups)
 
-    def _uploaded(self, num_bytes: int, write: Callable[[int, Any], None], what: Any) -> Tensor:
+    def _uploaded(
+        self, use: str, num_bytes: int, write: Callable[[int, Any], None], what: Any
+    ) -> Tensor:
         """Host memory that `write` fills, on the device."""
+        key = use, num_bytes
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             # Pinned memory is not to be had inside a capture, and a replay copies from it again.
-            if num_bytes not in self._spare:
+            if key not in self._spare:
                 refuse_capture(self._device)
-            host = self._spare.pop(num_bytes)
+            host = self._spare.pop(key)
             self._captured.append(host)
         else:
             host = self._host(num_bytes)
-            if self._on_cuda and num_bytes not in self._spare:
-                self._spare[num_bytes] = self._host(num_bytes)
+            if self._on_cuda and key not in self._spare:
+                self._spare[key] = self._host(num_bytes)
         write(host.data_ptr(), what)
         # From pinned memory, which torch does not hand out again before the copy is done.
         return host.to(self._device, non_blocking=True)
@@ -181,7 +185,7 @@ class CudaNorms:
         """Sums of squares by layer, float64 [num_layers] on the device. One launch."""
         out = self._sums.new()
         addresses = self._tables.addresses(gradients)
-        table = self._tables.table_of_gradients(gradients, self._count)
+        table = self._tables.table_of_gradients("norms", gradients, self._count)
         self._work.norm_sq(
             *addresses, gradients, _address(table), out.data_ptr(), *self._tables.stream()
         )
@@ -216,7 +220,7 @@ class CudaAdamW:
         """Sums of squares by layer, float64 [num_layers]; with a decision also what follows."""
         out = self._sums.new()
         addresses = self._tables.addresses(gradients, scales)
-        table = self._tables.table_of_gradients(gradients, self._count)
+        table = self._tables.table_of_gradients("norms", gradients, self._count)
         max_norm = None if decision is None else decision.max_norm
         self._work.norm_sq(
             *addresses,
@@ -259,7 +263,7 @@ class CudaAdamW:
             (g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize, _address(lr))
             for g, lr in zip(groups, lrs, strict=True)
         ]
-        table = self._tables.table_of_gradients(gradients, self._count)
+        table = self._tables.table_of_gradients("step", gradients, self._count)
         group_table = self._tables.table_of_groups(tuples)
         on_device = isinstance(coef, Tensor)
         self._work.step(

@@ -155,12 +155,12 @@ class StepWork:
         return sharding.local_grad(grad, one.param)
 
     def _ensure_state(self, one: Active) -> bool:
-        state, amsgrad = self._states[one.param], self._groups[one.group]["amsgrad"]
-        if is_complete(state, amsgrad=amsgrad):
+        amsgrad = self._groups[one.group]["amsgrad"]
+        if is_complete(self._states.get(one.param, {}), amsgrad=amsgrad):
             return False
         refuse_capture(one.param.device)
         return ensure_state(
-            state,
+            self._states[one.param],
             one.param,
             moment_dtype(one.param, self._state_dtype),
             amsgrad=amsgrad,

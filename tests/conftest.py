@@ -65,19 +65,30 @@ def simd(request) -> str:
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request, monkeypatch):
-    """The test's device, see devices.py: the emulated one, where CPU tensors go then, or a GPU."""
-    from devices import CudaDevice, EmulatedDevice, emulated_core
+    """The emulated device, to which CPU tensors go then, or a GPU; see kernel_devices.py."""
+    from kernel_devices import CudaDevice, EmulatedDevice, emulated_core
 
     from gradloc import ops
 
     if request.param == "cuda":
-        if "cuda" not in ops.DEVICE_CORES:
-            pytest.skip("gradloc was built without CUDA")
+        request.getfixturevalue("cuda_kernels")
         return CudaDevice()
     core = emulated_core()
     core.reset()
     monkeypatch.setitem(ops.DEVICE_CORES, "cpu", core)
     return EmulatedDevice(core)
+
+
+@pytest.fixture
+def cuda_kernels():
+    """For tests that say nothing with plain torch in the place of compiled kernels."""
+    import torch
+
+    from gradloc import ops
+
+    if "cuda" not in ops.DEVICE_CORES:
+        pytest.skip("gradloc was built without CUDA")
+    assert ops.kernel_problem(torch.device("cuda", 0)) == ""
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_scaler_values_of_any_kind(device, numbers, max_grad_norm):
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_an_infinite_max_grad_norm_is_that_of_torch(device, bad):
-    """The ratio inf / inf is NaN in torch.nn.utils.clip_grad_norm_ too; finite norms are not clipped."""
+    """There inf / inf is NaN, and finite norms are not clipped."""
     params, opt = make(device, max_grad_norm=math.inf, on_nonfinite="ignore")
     give(device, params, 0)
     if bad:

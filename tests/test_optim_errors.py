@@ -29,7 +29,7 @@ def one(**options):
         ({"betas": (0.9, 0.99, 0.999)}, r"Invalid betas: .*: a pair of numbers"),
         ({"eps": -1e-8}, r"Invalid epsilon value: -1e-08: eps is a number >= 0"),
         ({"weight_decay": -0.1}, r"Invalid weight_decay value: -0.1: a number >= 0"),
-        ({"capturable": True}, r"capturable=True, but parameter .* is not updated by the CUDA kern"),
+        ({"capturable": True}, r"capturable=True, but .* is not updated by the CUDA kern"),
         ({"differentiable": True}, r"differentiable=True is not supported: leave it False"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm=0.0: a positive number, or None"),
         ({"max_grad_norm": math.nan}, r"max_grad_norm=nan: a positive number"),

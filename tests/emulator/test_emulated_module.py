@@ -38,7 +38,7 @@ def norm_sq(module, device: int = 0, stream: int = 0) -> torch.Tensor:
     tables = torch.empty(work.table_bytes, dtype=torch.uint8)
     scratch = torch.zeros(work.scratch_bytes, dtype=torch.uint8)
     out = torch.full((2,), -1.0, dtype=torch.float64)
-    work.write_tables(tables.data_ptr(), gradients.codes)
+    work.write_tables(tables.data_ptr(), gradients)
     try:
         work.norm_sq(
             tables.data_ptr(), scratch.data_ptr(), gradients, 0, out.data_ptr(), device, stream
