@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradloc.ops_cuda import CudaAdamW, CudaNorms, Decision
+from gradloc.ops_cuda import CudaAdamW, CudaNorms, Decision, Update
 from gradloc.reference import AdamWGroup
 from gradloc.reference import is_dense as is_dense
 
@@ -249,9 +249,7 @@ class NativeAdamW:
             rounding_seed: of stochastic rounding.
         """
         seed = None if rounding_seed is None else rounding_seed % 2**64
-        norm_sq = self._engine.step(
-            grads, groups, scales, coef, with_norms=with_norms, rounding_seed=seed
-        )
+        norm_sq = self._engine.step(grads, Update(groups, scales, coef, with_norms, seed))
         # Backward through what was changed in place is an error; autograd has to learn of it.
         changed = self._params
         if not grads.all_present:
@@ -269,16 +267,7 @@ class AdamWEngine(Protocol):
     def norm_sq(self, gradients: Any, scales: Sequence[float], decision: Decision | None) -> Tensor:
         """Sums of squares by layer."""
 
-    def step(
-        self,
-        gradients: Any,
-        groups: Sequence[AdamWGroup],
-        scales: Sequence[float],
-        coef: float | Tensor,
-        *,
-        with_norms: bool,
-        rounding_seed: int | None,
-    ) -> Tensor | None:
+    def step(self, gradients: Any, update: Update) -> Tensor | None:
         """One step."""
 
 
@@ -296,25 +285,16 @@ class _HostAdamW:
         self._work.norm_sq(gradients, out.data_ptr(), torch.get_num_threads())
         return out
 
-    def step(
-        self,
-        gradients: Any,
-        groups: Sequence[AdamWGroup],
-        scales: Sequence[float],
-        coef: float | Tensor,
-        *,
-        with_norms: bool,
-        rounding_seed: int | None,
-    ) -> Tensor | None:
-        assert not isinstance(coef, Tensor)
-        out = _sums(self._num_layers) if with_norms else None
+    def step(self, gradients: Any, update: Update) -> Tensor | None:
+        assert not isinstance(update.coef, Tensor)
+        out = _sums(self._num_layers) if update.with_norms else None
         self._work.step(
             gradients,
-            [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in groups],
-            list(scales),
-            coef,
+            [(g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize) for g in update.groups],
+            list(update.scales),
+            update.coef,
             0 if out is None else out.data_ptr(),
-            rounding_seed,
+            update.rounding_seed,
             torch.get_num_threads(),
         )
         return out

@@ -45,6 +45,24 @@ class Decision:
     grad_scale: Tensor | None = None
 
 
+class Update(NamedTuple):
+    """What a step does with its gradients.
+
+    Attributes:
+        groups: hyperparameters by param group.
+        scales: learning-rate scales by layer.
+        coef: what gradients are multiplied by, or a control (see `Decision`).
+        with_norms: whether sums of squares are wanted.
+        rounding_seed: of stochastic rounding, 0 to 2^64 - 1; None rounds to nearest.
+    """
+
+    groups: Sequence[AdamWGroup]
+    scales: Sequence[float]
+    coef: float | Tensor
+    with_norms: bool
+    rounding_seed: int | None
+
+
 def refuse_capture(device: torch.device) -> None:
     """Check that no CUDA graph is being captured, where something would be made that outlives it.
 
@@ -236,36 +254,18 @@ class CudaAdamW:
         )
         return out
 
-    def step(
-        self,
-        gradients: Any,
-        groups: Sequence[AdamWGroup],
-        scales: Sequence[float],
-        coef: float | Tensor,
-        *,
-        with_norms: bool,
-        rounding_seed: int | None,
-    ) -> Tensor | None:
-        """Update what has a gradient; return the sums of squares by layer if asked.
-
-        Args:
-            gradients: in the order of the tensors.
-            groups: hyperparameters by param group.
-            scales: by layer.
-            coef: what gradients are multiplied by, or a control (see `Decision`).
-            with_norms: whether sums of squares are wanted.
-            rounding_seed: of stochastic rounding.
-        """
-        out = self._sums.new() if with_norms else None
-        addresses = self._tables.addresses(gradients, scales)
-        lrs = [self._lr(group.lr_tensor) for group in groups]
+    def step(self, gradients: Any, update: Update) -> Tensor | None:
+        """Update what has a gradient; return the sums of squares by layer if asked. One launch."""
+        out = self._sums.new() if update.with_norms else None
+        addresses = self._tables.addresses(gradients, update.scales)
+        lrs = [self._lr(group.lr_tensor) for group in update.groups]
         tuples = [
             (g.lr, g.beta1, g.beta2, g.eps, g.weight_decay, g.maximize, _address(lr))
-            for g, lr in zip(groups, lrs, strict=True)
+            for g, lr in zip(update.groups, lrs, strict=True)
         ]
         table = self._tables.table_of_gradients("step", gradients, self._count)
         group_table = self._tables.table_of_groups(tuples)
-        on_device = isinstance(coef, Tensor)
+        coef = update.coef
         self._work.step(
             *addresses,
             gradients,
@@ -273,9 +273,9 @@ class CudaAdamW:
             tuples,
             _address(group_table),
             coef.data_ptr() if isinstance(coef, Tensor) else 0,
-            1.0 if on_device else coef,
+            1.0 if isinstance(coef, Tensor) else coef,
             _address(out),
-            rounding_seed,
+            update.rounding_seed,
             *self._tables.stream(),
         )
         return out

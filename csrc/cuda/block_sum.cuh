@@ -19,7 +19,7 @@ inline __device__ double block_sum(double value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value += __shfl_down_sync(0xFFFFFFFFu, value, distance);
   }
-  __syncthreads();  // nobody reads the sums of an earlier call any more
+  __syncthreads();  // a caller may come again at once, while thread 0 still reads
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
   __syncthreads();
   double sum = 0.0;

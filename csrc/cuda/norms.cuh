@@ -34,7 +34,6 @@ inline __device__ double element_squares(const char* first, int32_t at, DType dt
 // This thread's part of a chunk: up to the first multiple of 16 bytes element by element, then
 // vectors, then the rest.
 inline __device__ double chunk_squares(const char* first, int32_t size, DType dtype) {
-  assume_global(first);
   const int32_t width = static_cast<int32_t>(dtype_bytes(dtype));
   const int32_t per_vector = 16 / width;
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
@@ -83,9 +82,8 @@ __global__ void __launch_bounds__(kThreads, 5)
     const ChunkEntry chunk = p.tables.chunks[blockIdx.x];
     const void* grad = p.grads.at(chunk.tensor);
     if (grad != nullptr) {
-      const DType dtype = p.tables.grad_dtypes[chunk.tensor];
-      const char* first = static_cast<const char*>(grad) + chunk.offset * dtype_bytes(dtype);
-      sum = block_sum(chunk_squares(first, chunk.size, dtype));
+      const Stream stream = stream_of(grad, p.tables.grad_dtypes[chunk.tensor], chunk.offset);
+      sum = block_sum(chunk_squares(stream.base, chunk.size, stream.dtype));
     }
   }
   if (!hand_in(p.tables, p.scratch, sum)) return;
