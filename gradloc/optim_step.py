@@ -67,28 +67,26 @@ class PlannedSteps(torch.optim.Optimizer):
         work, parts = self._gathered()
         measured = work.layers_with_grad()
         on_device = bool(parts) and all(part.work.on_device for part, _ in parts)
-        if on_device and self._on_nonfinite != "raise":  # to raise is to wait
-            self._prove(work, measured)
-            try:
+        try:
+            if on_device and self._on_nonfinite != "raise":  # to raise is to wait
+                self._prove(measured)
                 self._update_on_device(parts, measured)
-            except Exception:
-                if len(parts) == 1:  # a launch that failed: nothing was changed
-                    work.drop_fresh()
-                raise
-        elif not self._update_on_host(work, parts, measured):
-            return loss
+            elif not self._update_on_host(parts, measured):
+                work.drop_fresh()
+                return loss
+        except Exception:  # such as a launch that failed
+            work.drop_fresh()
+            raise
+        work.keep_fresh()
         if not self._said:
             self._say()
         return loss
 
-    def _update_on_host(
-        self, work: StepWork, parts: list[tuple[Part, Any]], measured: Set[int]
-    ) -> bool:
+    def _update_on_host(self, parts: list[tuple[Part, Any]], measured: Set[int]) -> bool:
         """Decide here whether the step happens and how far it is clipped; False if it does not."""
         unscale = self._amp_unscale()
         if unscale is None:
             self.num_skipped_steps += 1
-            work.drop_fresh()
             return False
         coef, scales = unscale, self._selection.scales()
         norms_first = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
@@ -97,12 +95,11 @@ class PlannedSteps(torch.optim.Optimizer):
             norm_sq = self._norms.record(norm_sqs, measured, unscale)
             total = math.sqrt(float(norm_sq.sum()))
             if not math.isfinite(total) and self._on_nonfinite != "ignore":
-                work.drop_fresh()
                 self._nonfinite(norm_sq)
                 return False
             if self._max_grad_norm is not None:
                 coef *= float(clip_coefficient(total, self._max_grad_norm))
-        self._prove(work, measured)
+        self._prove(measured)
         norm_sqs = self._update(parts, [coef] * len(parts), with_norms=not norms_first)
         if not norms_first:
             self._norms.record(norm_sqs, measured, unscale)
@@ -134,8 +131,9 @@ class PlannedSteps(torch.optim.Optimizer):
         """Update all parts; return their sums of squares by layer if asked."""
         on_device = all(part.work.on_device for part, _ in parts)
         groups = [_hyperparameters(group, wait=not on_device) for group in self.param_groups]
-        norm_sqs = [
-            part.work.step(
+        norm_sqs = []
+        for (part, grads), coef in zip(parts, coefs, strict=True):
+            norm_sq = part.work.step(
                 grads,
                 groups,
                 self._selection.scales(),
@@ -143,8 +141,9 @@ class PlannedSteps(torch.optim.Optimizer):
                 with_norms=with_norms,
                 rounding_seed=self._rounding_seed,
             )
-            for (part, grads), coef in zip(parts, coefs, strict=True)
-        ]
+            norm_sqs.append(norm_sq)
+            if self._work is not None:
+                self._work.keep_fresh()
         found = zip(parts, norm_sqs, strict=True)
         return [part.reduced(norm_sq) for (part, _), norm_sq in found if norm_sq is not None]
 
@@ -226,22 +225,16 @@ class PlannedSteps(torch.optim.Optimizer):
             watched=watched,
         )
 
-    def _prove(self, work: StepWork | None, measured: Set[int]) -> None:
+    def _prove(self, measured: Set[int]) -> None:
         """At the first step of a plan: check that what it trains has gradients."""
         chosen = self._selection
-        if self._said:
-            return
-        try:
+        if not self._said:
             optim_report.check_in_force(
                 chosen.in_force(),
                 present={chosen.names[layer] for layer in chosen.present()},
                 with_grad={chosen.names[layer] for layer in measured},
                 in_part=chosen.in_part(self.param_groups),
             )
-        except (RuntimeError, RuntimeWarning):  # also where warnings are made errors
-            if work is not None:
-                work.drop_fresh()
-            raise
 
     def _say(self) -> None:
         """At the first step of a plan: say in one line that it is in force."""
@@ -312,7 +305,7 @@ class PlannedSteps(torch.optim.Optimizer):
         norm_sqs, measured = release.finish_step()
         self._watch()  # Accelerate may have exchanged the parameters since the optimizer was made
         if not self._came_between:
-            self._prove(None, measured)
+            self._prove(measured)
         self._norms.record(norm_sqs, measured, 1.0)
         if not self._said and not self._came_between:
             self._say()

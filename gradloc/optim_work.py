@@ -119,21 +119,20 @@ class StepWork:
         """
         self._with_grad = None
         grads = [self._checked_grad(one) for one in self.active]
-        self._fresh = [
-            one.param
-            for one, grad in zip(self.active, grads, strict=True)
-            if grad is not None and self._ensure_state(one)
-        ]
+        self._fresh = []
         try:
+            for one, grad in zip(self.active, grads, strict=True):
+                if grad is not None and self._ensure_state(one):
+                    self._fresh.append(one.param)
             self._refresh()
             self._remember()
+            return [
+                (part, part.work.gather([grads[member] for member in part.members]))
+                for part in self._parts
+            ]
         except Exception:
             self.drop_fresh()
             raise
-        return [
-            (part, part.work.gather([grads[member] for member in part.members]))
-            for part in self._parts
-        ]
 
     def layers_with_grad(self) -> Set[int]:
         """Indices of the layers of which a parameter has a gradient."""
@@ -145,6 +144,10 @@ class StepWork:
         """Take back the state that the last `gather` made: the step does not happen."""
         for param in self._fresh:
             del self._states[param]
+        self._fresh = []
+
+    def keep_fresh(self) -> None:
+        """From here on the state that the last `gather` made is no longer that of the beginning."""
         self._fresh = []
 
     def _checked_grad(self, one: Active) -> Tensor | None:
