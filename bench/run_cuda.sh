@@ -20,7 +20,7 @@ TEXT
 
 # Seconds for each part; together with what stopping takes under 9 minutes. What a part leaves over is
 # the following ones'.
-declare -A limit=([machine]=30 [build]=120 [tests]=110 [sanitizer]=70 [benchmarks]=165 [report]=15)
+declare -A limit=([machine]=30 [build]=110 [tests]=140 [sanitizer]=70 [benchmarks]=145 [report]=15)
 declare -A log=([machine]=machine.txt [build]=build.log [tests]=tests.log [sanitizer]=sanitizer.log
   [benchmarks]=all.log [report]=all.log)
 
@@ -136,11 +136,23 @@ print("%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() e
   cp "$work"/build/_C*.so "$stage/gradloc/"
 }
 
-# The files that have such tests, and no others: those may import what is not installed here.
-part_tests() {
+# The files that may have tests marked `cuda`: by the mark, by the fixture `device` (it has the mark for its
+# GPU), and torch's optimizer tests. No others, as those import what is not installed here, and a file
+# that can't be imported fails this part. That none is missed is checked in tests/test_run_cuda.py. Those
+# that nothing but a GPU can check come first, so that a time limit costs the least.
+test_files() {
+  cd "$root/tests" || return
+  {
+    printf '%s\n' test_cuda_device.py test_cuda_graphs.py
+    grep -rlE 'mark\.cuda\b|def test_\w*\(.*\bdevice\b|from torch_suite import' --include 'test_*.py' | sort
+  } | awk '!seen[$0]++'
+}
+
+part_tests() { # seconds after which it ends by itself
   needs_build || return
   local files
-  mapfile -t files < <(grep -rlE 'mark\.cuda\b' "$root/tests" --include 'test_*.py' | sort)
+  mapfile -t files < <(test_files)
+  printf 'file: %s\n' "${files[@]}"
   "$python" -c 'import pytest' || {
     echo "pytest is not installed: put its wheels in a folder and name it in GRADLOC_WHEELS"
     return 1
@@ -149,9 +161,12 @@ part_tests() {
     "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || return 1
   fi
   # Not in the clone, so that the staged package is imported; no plugins that happen to be there.
-  cd "$work" && PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest --rootdir "$root" \
-    -c "$root/pyproject.toml" -p no:cacheprovider -m cuda --durations 10 \
-    ${rehearse:+--collect-only -q} "${files[@]}"
+  # Interrupted, pytest still tells of what failed until then; -v names the test that was under way.
+  local how=(-v --tb short --durations 15)
+  [ -z "$rehearse" ] || how=(--collect-only -q)
+  cd "$work" && PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout --foreground --signal INT --kill-after 5 "$1" \
+    "$python" -m pytest --rootdir "$root" -c "$root/pyproject.toml" -p no:cacheprovider \
+    --continue-on-collection-errors -m cuda "${how[@]}" "${files[@]/#/$root/tests/}"
 }
 
 # Both tools at once, each on a process of its own. No caching of memory: every tensor its own
@@ -190,7 +205,8 @@ part_benchmarks() {
 part_report() {
   "$python" "$root/bench/cuda_report.py" "$out"
 }
-export -f part_machine part_build compile needs_build part_tests part_sanitizer part_benchmarks part_report
+export -f part_machine part_build compile needs_build test_files part_tests part_sanitizer part_benchmarks
+export -f part_report
 
 statuses=() all_passed=yes
 write_status() {
@@ -236,8 +252,11 @@ for name in machine build tests sanitizer benchmarks report; do
     limit[$name]=$(awk "BEGIN {left = int($planned - $SECONDS); print (left > 1 ? left : 1)}")
   fi
   set --
-  # The benchmarks stop by themselves before their limit.
-  [ "$name" != benchmarks ] || set -- "$(awk "BEGIN {print int(${limit[$name]} * 0.85)}")"
+  # These two stop by themselves before their limit, so that what they have comes out.
+  case $name in
+    tests) set -- "$(awk "BEGIN {s = ${limit[$name]}; print (s > 20 ? s - 8 : s * 0.6)}")" ;;
+    benchmarks) set -- "$(awk "BEGIN {print int(${limit[$name]} * 0.85)}")" ;;
+  esac
   run_part "$name" "$@"
 done
 [ -n "$all_passed" ]
