@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # last: bench/trace.py is not the standard library's
 import kernel_resources  # noqa: E402
 from test_cuda_build import NVCC, nvcc  # noqa: E402, F401  (a fixture: skips, or fails in CI)
 
@@ -25,7 +25,7 @@ def protocol_of(ptx: str) -> list[list[str]]:
     kinds = {
         r"st\.(volatile\.)?(global\.)?f64": "store",
         r"ld\.volatile\.(global\.)?f64": "volatile load",
-        r"ld\.(global\.)?f64": "load",
+        r"ld\.(global\.)?(nc\.)?f64": "load",
         r"membar\.gl|fence\.\w+\.gpu": "fence",
         r"atom\.(global\.)?add\.u32": "count",
         r"bar\.sync": "barrier",
