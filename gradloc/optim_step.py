@@ -77,7 +77,6 @@ class PlannedSteps(torch.optim.Optimizer):
         except Exception:  # such as a launch that failed
             work.drop_fresh()
             raise
-        work.keep_fresh()
         if not self._said:
             self._say()
         return loss
@@ -142,7 +141,7 @@ class PlannedSteps(torch.optim.Optimizer):
                 rounding_seed=self._rounding_seed,
             )
             norm_sqs.append(norm_sq)
-            if self._work is not None:
+            if self._work is not None:  # from here on a failure is not as if nothing had been
                 self._work.keep_fresh()
         found = zip(parts, norm_sqs, strict=True)
         return [part.reduced(norm_sq) for (part, _), norm_sq in found if norm_sq is not None]
