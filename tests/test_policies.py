@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gradloc.plan import LayerPlan
 from gradloc.policies import (
     AllLayers,
+    Complement,
     RandomLayers,
     Retrace,
     TracedGradientPolicy,
@@ -54,6 +55,11 @@ PROFILE = profile_with(dict(zip(NAMES, (7.0, 1.0, 2.0, 4.0, 1.0), strict=True)))
         # The fourth and fifth are equal: the first in model order is taken.
         (("top_k", 4), {"wte", "h.1.attn", "h.0.mlp", "h.0.attn"}),
         (("top_k", 5), set(NAMES)),
+        # The second and fifth are equal: the first in model order is taken here as well.
+        (("bottom_k", 1), {"h.0.attn"}),
+        (["bottom_k", 2], {"h.0.attn", "h.1.mlp"}),
+        (("bottom_k", 4), {"h.0.attn", "h.1.mlp", "h.0.mlp", "h.1.attn"}),
+        (("bottom_k", 5), set(NAMES)),
         (4, {"wte"}),  # strictly above
         (3.99, {"wte", "h.1.attn"}),
         (0.0, set(NAMES)),
@@ -113,10 +119,15 @@ def test_kinds_restrict_the_mean():
         ({"threshold": ("top_k", 0)}, "top_k"),
         ({"threshold": ("top_k", 1.5)}, "top_k"),
         ({"threshold": ("top_k", True)}, "top_k"),
+        ({"threshold": ("bottom_k", 0)}, "bottom_k"),
+        ({"threshold": ("bottom_k", 1.0)}, "bottom_k"),
+        ({"threshold": ("bottom_k", True)}, "bottom_k"),
+        ({"threshold": ("middle_k", 2)}, "middle_k"),
         ({"threshold": True}, "threshold=True"),
         ({"threshold": math.nan}, "threshold=nan"),
         ({"threshold": None}, "threshold=None"),
         ({"mode": "scale", "threshold": 2.0}, "threshold=2.0 is for mode='freeze'"),
+        ({"mode": "scale", "threshold": ("bottom_k", 2)}, "is for mode='freeze'"),
         ({"mode": "freeze", "normaliser": "max"}, "normaliser='max' is for mode='scale'"),
     ],
     ids=str,
@@ -132,8 +143,9 @@ def test_nothing_would_train():
         TracedGradientPolicy()(flat)
     with pytest.raises(ValueError, match=r"no layer is above 100 .*between 1 and 7"):
         TracedGradientPolicy(threshold=100)(PROFILE)
-    with pytest.raises(ValueError, match="only 5 layers"):
-        TracedGradientPolicy(threshold=("top_k", 6))(PROFILE)
+    for end in ("top_k", "bottom_k"):
+        with pytest.raises(ValueError, match=f"'{end}', 6.*only 5 layers"):
+            TracedGradientPolicy(threshold=(end, 6))(PROFILE)
     silent = GradientProfile.from_norms({"probe": {"a": 0.0}}, {"a": 0.0})
     with pytest.raises(ValueError, match="nothing would train"):
         TracedGradientPolicy("scale")(silent)
@@ -153,6 +165,19 @@ def test_top_k_takes_k_and_none_below_what_it_leaves(ratios, k):
     assert len(plan.active) == k
     taken = min(relative[name] for name in plan.active)
     assert all(relative[name] <= taken for name in plan.frozen)
+
+
+@given(
+    ratios=st.lists(st.floats(0.01, 100), min_size=2, max_size=20, unique=True),
+    data=st.data(),
+)
+def test_the_complement_of_the_highest_are_the_lowest(ratios, data):
+    profile = profile_with({f"l{index}": ratio for index, ratio in enumerate(ratios)})
+    k = data.draw(st.integers(1, len(ratios) - 1))
+    highest = TracedGradientPolicy(threshold=("top_k", k))
+    lowest = TracedGradientPolicy(threshold=("bottom_k", len(ratios) - k))
+    assert Complement(highest)(profile).scales == lowest(profile).scales
+    assert Complement(Complement(highest))(profile).scales == highest(profile).scales
 
 
 @given(ratios=st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
@@ -228,6 +253,45 @@ def test_retrace_passes_through():
             Retrace(AllLayers(), every=every)
     with pytest.raises(ValueError, match="not callable"):
         Retrace("mean", every=1)
+
+
+def test_complement_trains_what_the_other_freezes():
+    plan = Complement(TracedGradientPolicy())(PROFILE)
+    assert plan.active == ("h.0.attn", "h.0.mlp", "h.1.mlp")
+    assert plan.frozen == TracedGradientPolicy()(PROFILE).active
+    assert set(plan.scales.values()) == {0.0, 1.0}
+    assert tuple(plan.scales) == NAMES
+    assert plan.policy == f"complement of ({TracedGradientPolicy()(PROFILE).policy})"
+
+
+def test_complement_of_scales_is_one_where_they_are_zero():
+    def scaled(source, step=0):
+        return LayerPlan({"a": 0.0, "b": 0.3, "c": 0.0, "d": 2.0})
+
+    assert Complement(scaled)(PROFILE).scales == {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.0}
+
+
+def test_complement_passes_through():
+    source = SimpleNamespace(names=NAMES)
+    drawn = RandomLayers(count=2, seed=1)
+    policy = Complement(Retrace(drawn, every=10))
+    assert retrace_every(policy) == 10
+    assert not needs_profile(policy)
+    assert retrace_every(Complement(drawn)) is None
+    assert needs_profile(Complement(TracedGradientPolicy()))
+    plans = {policy(source, step=step).active for step in (0, 10, 20)}
+    assert len(plans) > 1
+    for step in (0, 10, 20):
+        assert policy(source, step=step).active == drawn(source, step=step).frozen
+        # Retrace outside asks the complement again: the same thing.
+        assert Retrace(Complement(drawn), every=10)(source, step=step) == policy(source, step=step)
+
+
+def test_complement_of_everything_is_refused():
+    with pytest.raises(ValueError, match=r"nothing would train: .*5 of 5 .*freezes no layer"):
+        Complement(AllLayers())(SimpleNamespace(names=NAMES))
+    with pytest.raises(ValueError, match="not callable"):
+        Complement("mean")
 
 
 def test_a_policy_in_five_lines():

@@ -115,7 +115,7 @@ def add_policy_options(group: Any) -> None:
         "--threshold",
         type=_threshold,
         metavar="T",
-        help="of freeze: mean, quantile:0.5, top-k:8, or a number (default: mean)",
+        help="of freeze: mean, quantile:0.5, top-k:8, bottom-k:8, or a number (default: mean)",
     )
     group.add_argument(
         "--normaliser", choices=("mean", "max"), help="of scale: what counts as 1 (default: mean)"
@@ -317,10 +317,10 @@ def _threshold(text: str) -> Any:
             return "mean"
         if name == "quantile" and colon:
             return ("quantile", float(value))
-        if name == "top-k" and colon:
-            return ("top_k", int(value))
+        if name in ("top-k", "bottom-k") and colon:
+            return (name.replace("-", "_"), int(value))
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of mean, quantile:0.5, top-k:8, or a number such as 1.2"
+            f"{text!r} is none of mean, quantile:0.5, top-k:8, bottom-k:8, or a number such as 1.2"
         ) from None

@@ -1,6 +1,7 @@
 """Ways of choosing layers, one file each: functions from a profile or names to a LayerPlan."""
 
 from gradloc.policies.all_layers import AllLayers
+from gradloc.policies.complement import Complement
 from gradloc.policies.policy import LayerNames, Policy, needs_profile, retrace_every
 from gradloc.policies.random_layers import RandomLayers
 from gradloc.policies.retrace import Retrace
@@ -8,6 +9,7 @@ from gradloc.policies.traced import TracedGradientPolicy
 
 __all__ = [
     "AllLayers",
+    "Complement",
     "LayerNames",
     "Policy",
     "RandomLayers",

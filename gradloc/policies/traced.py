@@ -23,7 +23,8 @@ class TracedGradientPolicy:
     Args:
         mode: "freeze": scale 1 where R is above the threshold, else 0. "scale": scale R /
             normaliser everywhere.
-        threshold: for "freeze": "mean", ("quantile", q) with 0 <= q < 1, ("top_k", k), or a number.
+        threshold: for "freeze": "mean", ("quantile", q) with 0 <= q < 1, ("top_k", k), or a number;
+            ("bottom_k", k) trains the k layers whose R is lowest, a control for the others.
         normaliser: for "scale": "mean" (of R over the layers; scales average 1) or "max" (no scale
             above 1).
         reference_loss: which reference R is taken against, "all" or "matched-spans"; the profile

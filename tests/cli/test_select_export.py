@@ -78,6 +78,7 @@ def selected(profile_file, tmp_path, *options: str) -> LayerPlan:
         ([], {2, 4, 6}),  # R is the mean over kinds: 1 to 4 in halves; 2.5 is not above the mean
         (["--threshold", "top-k:2"], {2, 4}),
         (["--threshold", "top_k:2"], {2, 4}),
+        (["--threshold", "bottom-k:3"], {0, 1, 3}),
         (["--threshold", "quantile:0.5"], {2, 4, 6}),
         (["--threshold", "3.6"], {2}),
         (["--threshold", "3.6", "--kinds", "updated"], {2, 4, 5, 6}),
@@ -172,7 +173,8 @@ def test_select_refuses(profile_file, plan_file, tmp_path, capsys) -> None:
     assert "is the profile itself" in error_of(capsys, same)
     assert profile_file.read_bytes() == before
     assert "is a folder" in error_of(capsys, ["select", profile_file, "--output", tmp_path])
-    for arguments in ([*select, "--threshold", "top-k:x"], [*select, "--policy", "best"]):
+    for wrong in (["--threshold", "top-k:x"], ["--threshold", "bottom-k"], ["--policy", "best"]):
+        arguments = [*select, *wrong]
         with pytest.raises(SystemExit, match="2"):
             main([str(one) for one in arguments])
 
