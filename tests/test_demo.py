@@ -13,8 +13,8 @@ from rich.console import Console
 
 from gradloc import GradientProfile, LayerMap, LayerPlan
 from gradloc.cli import main
+from gradloc.compare.material import split_by_source
 from gradloc.demo import chart, findings, report, run_demo, table
-from gradloc.demo.compare import split_facts
 from gradloc.demo.methods import FREEZE, FULL, GENTLE, METHODS, RANDOM, SCALE
 from gradloc.demo.outcome import KINDS, PERIODS, Outcome, Run, Scores
 from gradloc.demo.settings import QUICK
@@ -80,7 +80,9 @@ def test_results_hold_every_run_and_its_scores(demo):
     ]
     # Scored again from the files: the model that was saved is the one that was scored.
     model, tokenizer = load_model(demo.folder / "models" / "full")
-    probes = [probe for kind in KINDS for probe in split_facts(world_of(demo).probes()[kind])[1]]
+    probes = [
+        probe for kind in KINDS for probe in split_by_source(world_of(demo).probes()[kind], 2)[1]
+    ]
     again = evaluate_probes(model, tokenizer, probes, max_length=64)
     for kind in KINDS:
         stored = saved["runs"][0]["scores"]["probes"][kind]
@@ -99,7 +101,7 @@ def world_of(demo):
 
 def test_what_is_traced_is_not_what_is_scored(demo):
     for kind, probes in world_of(demo).probes().items():
-        traced, scored = split_facts(probes)
+        traced, scored = split_by_source(probes, 2)
         assert len(traced) + len(scored) == len(probes)
         assert not {p.source for p in traced} & {p.source for p in scored}
         assert abs(len(traced) - len(scored)) <= 2, kind
@@ -110,7 +112,7 @@ def test_what_is_traced_is_not_what_is_scored(demo):
 
 def test_every_traced_batch_is_whole(demo):
     profile = demo.outcome.profile
-    traced = {kind: len(split_facts(world_of(demo).probes()[kind])[0]) for kind in KINDS}
+    traced = {kind: len(split_by_source(world_of(demo).probes()[kind], 2)[0]) for kind in KINDS}
     assert any(min(count, QUICK.max_probes) % QUICK.trace_batch_size for count in traced.values())
     measured = [*profile.probes.values()]
     measured += [one for by_kind in profile.references.values() for one in by_kind.values()]
@@ -377,6 +379,6 @@ def test_report_says_what_the_findings_say():
 
 def test_split_keeps_the_probes_of_a_fact_together():
     probes = [Probe("a b", ((2, 3),), "new", source) for source in "xxyyzz"]
-    traced, scored = split_facts(probes)
+    traced, scored = split_by_source(probes, 2)
     assert [p.source for p in traced] == list("xxzz")
     assert [p.source for p in scored] == list("yy")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradloc.compare.material import split_by_source
 from gradloc.demo.methods import METHODS, Method, make_plan
 from gradloc.demo.outcome import KINDS, PERIODS, Run, Scores
 from gradloc.demo.pretrain import SCORE_BATCH
@@ -68,7 +69,7 @@ def measuring(
     """Read what models are scored on."""
     return Measuring(
         tokenizer,
-        [probe for kind in KINDS for probe in split_facts(world.probes()[kind])[1]],
+        [probe for kind in KINDS for probe in split_by_source(world.probes()[kind], 2)[1]],
         {
             period: text_batches(
                 output / f"world/text_{period}.txt",
@@ -80,15 +81,6 @@ def measuring(
         },
         settings.block_size,
     )
-
-
-def split_facts(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
-    """Every other fact, with all its probes, for tracing, and the rest for scoring."""
-    order = {source: index for index, source in enumerate(dict.fromkeys(p.source for p in probes))}
-    halves: tuple[list[Probe], list[Probe]] = ([], [])
-    for probe in probes:
-        halves[order[probe.source] % 2].append(probe)
-    return halves
 
 
 def trace_base(
@@ -104,7 +96,10 @@ def trace_base(
     Says on stderr what fills no batch and is left out.
     """
     probes, reference, notes = even_batches(
-        {kind: split_facts(world.probes()[kind])[0][: settings.max_probes] for kind in KINDS},
+        {
+            kind: split_by_source(world.probes()[kind], 2)[0][: settings.max_probes]
+            for kind in KINDS
+        },
         lambda size: text_batches(
             output / "world/reference.txt",
             tokenizer,

@@ -6,13 +6,14 @@ Trains on the old corpus through `gradloc.training.train`, and checks that it kn
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gradloc.demo.progress import Stages, StepCallback, step_bar
-from gradloc.demo.settings import DemoSettings
+from gradloc.demo.progress import StepCallback
+from gradloc.demo.settings import WorldSettings
 from gradloc.evaluate import evaluate_probes
 from gradloc.files import replacing_folder
 from gradloc.policies import AllLayers
@@ -25,9 +26,25 @@ SCORE_BATCH = 64
 
 
 def make_base(
-    world: TemporalWorld, tokenizer: Any, settings: DemoSettings, output: Path, stages: Stages
+    world: TemporalWorld,
+    tokenizer: Any,
+    settings: WorldSettings,
+    output: Path,
+    *,
+    note: Callable[[str], None],
+    advance: Callable[[], None],
+    device: str = "cpu",
 ) -> tuple[torch.nn.Module, float, int]:
-    """Pretrain, check, and save to `output / "base"`.
+    """Pretrain on `output / "world/old.txt"`, check, and save to `output / "base"`.
+
+    Args:
+        world: whose facts the model is to know.
+        tokenizer: the world's.
+        settings: sizes.
+        output: a folder with the corpus.
+        note: takes a sentence for the user.
+        advance: called after each step.
+        device: as in `TrainConfig`.
 
     Returns:
         The model, the share of the old facts' probes that it completes, and the steps that it took.
@@ -45,14 +62,11 @@ def make_base(
             trained, tokenizer, old_probes, batch_size=SCORE_BATCH, max_length=settings.block_size
         )["old"]
         accuracy = score.exact_match
-        stages.note(f"step {step}: completes {accuracy:.0%} of the old facts")
+        note(f"step {step}: completes {accuracy:.0%} of the old facts")
         return accuracy >= settings.enough
 
     corpus = packed_corpus(output / "world/old.txt", tokenizer, block_size=settings.block_size)
-    with (
-        tempfile.TemporaryDirectory(prefix=".runs-", dir=output) as folder,
-        step_bar(stages.console, "pretraining", settings.base_steps) as advance,
-    ):
+    with tempfile.TemporaryDirectory(prefix=".runs-", dir=output) as folder:
         steps = StepCallback(advance, knows_enough, settings.check_every)
         config = TrainConfig(
             output=Path(folder) / "base",
@@ -64,7 +78,7 @@ def make_base(
             batch_size=settings.batch_size,
             seed=world.seed,
             save_steps=settings.base_steps,
-            device="cpu",
+            device=device,
             progress=False,
         )
         train(model, None, corpus, config, policy=AllLayers(), callbacks=[steps])
@@ -73,7 +87,7 @@ def make_base(
     if accuracy < settings.required:
         raise ValueError(
             f"seed={world.seed}: after {steps.num_steps} steps the base model completes only "
-            f"{accuracy:.0%} of the old facts (the demo needs {settings.required:.0%}), so there "
+            f"{accuracy:.0%} of the old facts (needed: {settings.required:.0%}), so there "
             "is nothing to forget and the comparison would mean nothing: try another seed"
         )
     model.eval()
@@ -83,7 +97,7 @@ def make_base(
     return model, accuracy, steps.num_steps
 
 
-def make_model(vocabulary: int, settings: DemoSettings, seed: int) -> torch.nn.Module:
+def make_model(vocabulary: int, settings: WorldSettings, seed: int) -> torch.nn.Module:
     """A GPT-2 with random weights and no dropout; the global random state is left alone."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

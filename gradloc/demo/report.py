@@ -15,9 +15,10 @@ from gradloc.demo.chart import trade_off_svg
 from gradloc.demo.findings import RULE, findings
 from gradloc.demo.methods import FREEZE, METHODS
 from gradloc.demo.outcome import Outcome
-from gradloc.demo.page import COMMANDS, STYLE
+from gradloc.demo.page import COMMANDS
 from gradloc.demo.table import COLUMNS, table_rows
 from gradloc.files import write_text
+from gradloc.report.style import STYLE
 
 
 def write_report(path: str | os.PathLike[str], outcome: Outcome, heatmap: Path) -> None:

@@ -7,8 +7,6 @@ is in the file named after it.
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,13 +15,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from gradloc.compare.machine import machine
 from gradloc.demo.compare import compare_methods, measuring, trace_base
 from gradloc.demo.findings import findings
 from gradloc.demo.folder import clear_folder, open_folder, write_marker
 from gradloc.demo.methods import FREEZE, METHODS, make_plan
 from gradloc.demo.outcome import DemoResult, Outcome
 from gradloc.demo.pretrain import make_base
-from gradloc.demo.progress import Stages
+from gradloc.demo.progress import Stages, step_bar
 from gradloc.demo.report import write_report
 from gradloc.demo.settings import FULL, QUICK, DemoSettings
 from gradloc.demo.table import rich_table
@@ -118,7 +117,10 @@ def _work(output: Path, seed: int, quick: bool, settings: DemoSettings, stages: 
 
     stages.begin("Training a small GPT-2 on the old corpus until it knows the old facts")
     tokenizer = world.tokenizer()
-    base, accuracy, base_steps = make_base(world, tokenizer, settings, output, stages)
+    with step_bar(stages.console, "pretraining", settings.base_steps) as advance:
+        base, accuracy, base_steps = make_base(
+            world, tokenizer, settings, output, note=stages.note, advance=advance
+        )
 
     stages.begin("Tracing: which layers react to new and changed facts")
     layers = LayerMap.from_model(base)
@@ -140,7 +142,7 @@ def _work(output: Path, seed: int, quick: bool, settings: DemoSettings, stages: 
         runs=tuple(runs),
         profile=profile,
         settings=asdict(settings),
-        machine=_machine(),
+        machine=machine(),
         seconds=stages.seconds,
     )
 
@@ -154,30 +156,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _machine() -> dict[str, str]:
-    import transformers
-
-    from gradloc import __version__
-
-    return {
-        "processor": _processor(),
-        "logical processors": str(os.cpu_count()),
-        "threads used": str(torch.get_num_threads()),
-        "system": f"{platform.system()} {platform.release()}",
-        "Python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": str(transformers.__version__),
-        "gradloc": __version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

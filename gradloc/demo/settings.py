@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
-    """Sizes of the demo's world, model, training and measurements.
+class WorldSettings:
+    """Sizes of a temporal world and of the small GPT-2 that learns it (`gradloc.demo.pretrain`).
 
     Args:
         num_entities: entities with facts before the date.
@@ -30,12 +30,7 @@ class DemoSettings:
         base_learning_rate: at the top of its cosine.
         check_every: steps between checks of what the model knows.
         enough: share of the old facts, 0 to 1, at which pretraining ends early.
-        required: share without which the demo stops with an error.
-        steps: optimizer steps of each run on the new corpus.
-        learning_rate: of these runs; constant after a short rise.
-        num_repeats: runs a method, each with another order of the data.
-        max_probes: traced a kind.
-        trace_batch_size: sequences a traced batch.
+        required: share without which it stops with an error.
     """
 
     num_entities: int = 60
@@ -55,6 +50,20 @@ class DemoSettings:
     check_every: int = 100
     enough: float = 0.98
     required: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(WorldSettings):
+    """Sizes of the demo's world, model, training and measurements.
+
+    Args:
+        steps: optimizer steps of each run on the new corpus.
+        learning_rate: of these runs; constant after a short rise.
+        num_repeats: runs a method, each with another order of the data.
+        max_probes: traced a kind.
+        trace_batch_size: sequences a traced batch.
+    """
+
     steps: int = 100
     learning_rate: float = 1e-3
     num_repeats: int = 3

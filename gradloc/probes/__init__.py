@@ -1,10 +1,14 @@
 """Probes: texts of which only a salient span is scored.
 
-Readers, tokenisation and the synthetic world; no models.
+Readers, tokenisation, an invented world and one in plain English; only `ask` runs a model.
 """
 
 from gradloc.probes.ecbd import definitions, read_ecbd
 from gradloc.probes.encode import encode_probe, even_batches, probe_batches
+from gradloc.probes.english import EnglishWorld
+from gradloc.probes.english_ask import ask
+from gradloc.probes.english_deal import EnglishFact
+from gradloc.probes.english_facts import FactKey, real_facts
 from gradloc.probes.probe import Probe, ProbeFormatError, by_kind, probe_texts
 from gradloc.probes.read import read_probes
 from gradloc.probes.spans import read_spans, write_spans
@@ -13,10 +17,14 @@ from gradloc.probes.world import TemporalWorld
 from gradloc.probes.world_facts import Fact
 
 __all__ = [
+    "EnglishFact",
+    "EnglishWorld",
     "Fact",
+    "FactKey",
     "Probe",
     "ProbeFormatError",
     "TemporalWorld",
+    "ask",
     "by_kind",
     "definitions",
     "encode_probe",
@@ -27,6 +35,7 @@ __all__ = [
     "read_probes",
     "read_spans",
     "read_templama",
+    "real_facts",
     "templama_dates",
     "write_spans",
 ]

@@ -49,17 +49,37 @@ def definitions(path: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: no such file.
         ProbeFormatError: malformed lines, an empty file, or the shape without definitions.
     """
+    return list(dict.fromkeys(parse_lines(path, lambda row, _: _definition(row))))
 
-    def parse(row: dict[str, Any], source: str) -> str:
-        if "definition" not in row:
-            raise ValueError(
-                "field 'definition' is missing: only the shape with 'probe_sentences' has it"
-            )
-        target = text_field(row, "def_target")
-        text, _ = _fill(text_field(row, "definition"), _labels(target))
-        return _tidy(text)
 
-    return list(dict.fromkeys(parse_lines(path, parse)))
+def defined_probes(path: str | os.PathLike[str], kind: str = "new") -> dict[str, list[Probe]]:
+    """Each entity's first sentence, as `definitions` gives it, with the probes of that entity.
+
+    To train on the sentences of some entities and to ask about the same ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ProbeFormatError: malformed lines, an empty file, or the shape without definitions.
+    """
+
+    def parse(row: dict[str, Any], source: str) -> tuple[str, list[Probe]]:
+        probes = [Probe(filled, spans, kind, source) for filled, spans in _sentences(row)]
+        return _definition(row), probes
+
+    found: dict[str, list[Probe]] = {}
+    for text, probes in parse_lines(path, parse):
+        found.setdefault(text, []).extend(probes)
+    return found
+
+
+def _definition(row: dict[str, Any]) -> str:
+    if "definition" not in row:
+        raise ValueError(
+            "field 'definition' is missing: only the shape with 'probe_sentences' has it"
+        )
+    target = text_field(row, "def_target")
+    text, _ = _fill(text_field(row, "definition"), _labels(target))
+    return _tidy(text)
 
 
 def _sentences(row: dict[str, Any]) -> list[tuple[str, tuple[tuple[int, int], ...]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,12 @@ class TemporalWorld:
         """Every fact, those of old entities first."""
 
     def old_corpus(
-        self, num_tokens: int = 1_200_000, *, share_facts: float = 0.6, seed: int = 0
+        self,
+        num_tokens: int = 1_200_000,
+        *,
+        share_facts: float = 0.6,
+        seed: int = 0,
+        facts: Collection[Fact] | None = None,
     ) -> list[str]:
         """Text from before the date: all facts as they then are, among ordinary text.
 
@@ -102,6 +107,7 @@ class TemporalWorld:
             num_tokens: words and punctuation marks, at least; exceeded by less than a document.
             share_facts: the share of tokens in fact sentences.
             seed: another seed gives other text about the same world.
+            facts: write about these only, such as those that a method may replay; None: all.
 
         Returns:
             Documents of three to five sentences, in random order. Only training templates are used.
@@ -110,7 +116,8 @@ class TemporalWorld:
             ValueError: a number is out of its range.
         """
         draw = self._draw(f"corpus/old/{seed}")
-        statements = [(fact, fact.old) for fact in self.facts if fact.old is not None]
+        chosen = self.facts if facts is None else facts
+        statements = [(fact, fact.old) for fact in chosen if fact.old is not None]
         return self._corpus(num_tokens, {"facts": (share_facts, statements)}, "old", draw)
 
     def new_corpus(
@@ -189,6 +196,24 @@ class TemporalWorld:
             if fact.old is not None
             for probe in self._probes_of(fact, fact.old, "old")
         ]
+
+    def source_of(self, fact: Fact) -> str:
+        """What the probes of a fact have as their source, so that they can be told together."""
+        return f"world:{self.seed}:{fact.entity}/{fact.relation}"
+
+    def prompts(self, facts: Iterable[Fact]) -> list[str]:
+        """Beginnings of training sentences about facts, up to the object: for a model to go on.
+
+        Templates in which the object comes before the entity give none.
+        """
+        prompts = []
+        for fact in facts:
+            relation = next(one for one in self.relations if one.name == fact.relation)
+            for template in relation.training:
+                before, _ = template.split("{object}")
+                if "{entity}" in before:
+                    prompts.append(before.format(entity=fact.entity).strip())
+        return prompts
 
     def vocabulary(self) -> list[str]:
         """Every word and punctuation mark that the world can write, sorted."""
@@ -348,8 +373,7 @@ class TemporalWorld:
             query = template.format(entity=fact.entity, object="_X_")
             before, after = query.split("_X_")
             text, span = insert_answer(before, thing, after)
-            source = f"world:{self.seed}:{fact.entity}/{fact.relation}"
-            probes.append(Probe(text, (span,), kind, source, query=query))
+            probes.append(Probe(text, (span,), kind, self.source_of(fact), query=query))
         return probes
 
 
