@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from gradloc.recadam import RecAdam
+
 # What may differ between a run and its continuation, as it does not change the parameters.
 _FREE = frozenset(
     {"output", "save_steps", "save_total_limit", "logging_steps", "log_layer_norms", "progress"}
@@ -37,6 +39,8 @@ class TrainConfig:
         gradient_accumulation_steps: forward passes an optimizer step.
         bf16: forward and backward in bfloat16 by autocast; parameters stay as they are.
         seed: of the order of the blocks, dropout, and what tracing draws.
+        shuffle: train on the rows in a random order, another one each epoch; False: in the
+            dataset's own order, as a dataset of `gradloc.training.mixing` needs it.
         freeze_requires_grad: with a plan that never changes, set requires_grad=False for frozen
             layers once the optimizer knows them, so that backward computes and stores no gradients
             for them. What takes no part in the plan is as before when the run ends.
@@ -44,7 +48,9 @@ class TrainConfig:
             device) or "drop" (deleted; they begin at zero when the layer returns).
         state_dtype: of the moments: "float32", "bfloat16", or None as LocalizedAdamW chooses.
         stochastic_rounding: round what is stored in bfloat16 stochastically, keyed by `seed`.
-        save_steps: optimizer steps between checkpoints; the end of the run is always one.
+        recadam: RecAdam's pull to the weights before training, where it is wanted.
+        save_steps: optimizer steps between checkpoints; the end of the run is always one. None:
+            no checkpoints and no `final` folder, for runs whose model is used at once and not kept.
         save_total_limit: checkpoints kept, at least 2: a kill while one is written leaves another.
             None keeps all.
         logging_steps: optimizer steps between log lines.
@@ -70,11 +76,13 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     bf16: bool = False
     seed: int = 0
+    shuffle: bool = True
     freeze_requires_grad: bool = True
     on_freeze: str = "keep"
     state_dtype: str | None = None
     stochastic_rounding: bool = False
-    save_steps: int = 500
+    recadam: RecAdam | None = None
+    save_steps: int | None = 500
     save_total_limit: int | None = 2
     logging_steps: int = 10
     log_layer_norms: bool = False
@@ -97,6 +105,8 @@ class TrainConfig:
             raise ValueError(f"on_freeze={self.on_freeze!r}: 'keep', 'offload' or 'drop'")
         if self.state_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"state_dtype={self.state_dtype!r}: 'float32', 'bfloat16' or None")
+        if self.recadam is not None and not isinstance(self.recadam, RecAdam):
+            raise ValueError(f"recadam={self.recadam!r}: a gradloc.RecAdam, or None")
 
     def _at_least(self, low: float, *names: str) -> None:
         for name in names:
@@ -117,6 +127,7 @@ class TrainConfig:
             "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype),
             "stochastic_rounding": self.stochastic_rounding,
             "seed": self.seed,
+            "recadam": self.recadam,
         }
 
     def decisive(self) -> dict[str, Any]:

@@ -92,8 +92,7 @@ def pack_corpus(
     """
     files = checked_files(paths)
     _check_options(tokenizer, block_size, documents)
-    from datasets import Dataset, Features, Value
-    from datasets import Sequence as SequenceOf
+    from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
     with ExitStack() as stack:
@@ -102,12 +101,11 @@ def pack_corpus(
         else:
             folder = Path(cache_dir)
             folder.mkdir(parents=True, exist_ok=True)
-        row = SequenceOf(Value("int32"), length=block_size)
         handle, target = mkstemp(prefix="packed-", suffix=".arrow", dir=folder)
         os.close(handle)
         count = _Count()
         num_blocks = 0
-        writer = ArrowWriter(features=Features({"input_ids": row, "labels": row}), path=target)
+        writer = ArrowWriter(features=_features(block_size), path=target)
         try:
             stream = _token_lists(files, tokenizer, text_field, documents, folder, count)
             for blocks in _batched(_blocks(stream, block_size, count), _ROWS_AT_ONCE):
@@ -115,11 +113,50 @@ def pack_corpus(
                 num_blocks += len(blocks)
         finally:
             writer.finalize()
-        _check_enough(num_blocks, files, block_size, count)
+        _check_enough(num_blocks, _named(files), block_size, count)
         dataset = Dataset.from_file(target)
         # The files stay mapped into memory for as long as the dataset lives, and go with it.
         weakref.finalize(dataset, stack.pop_all().close)
     return PackedCorpus(dataset, count.documents, num_blocks * block_size, count.dropped)
+
+
+def pack_documents(documents: Iterable[str], tokenizer: Any, *, block_size: int) -> Any:
+    """Pack documents that are in memory, as `pack_corpus` packs those of files.
+
+    Args:
+        documents: texts, in this order; blank ones are left out.
+        tokenizer: as in `pack_corpus`.
+        block_size: tokens a block.
+
+    Returns:
+        A `datasets.Dataset` in memory, with the columns of `PackedCorpus.dataset`.
+
+    Raises:
+        TypeError: `documents` is one text.
+        ValueError: all the text makes less than one block.
+    """
+    _check_options(tokenizer, block_size, "line")
+    if isinstance(documents, str):
+        raise TypeError("documents is one text: give a list of them, such as [text]")
+    from datasets import Dataset
+
+    count = _Count()
+    texts = (text for text in documents if text.strip())
+    blocks = list(_blocks(document_tokens(texts, tokenizer), block_size, count))
+    _check_enough(len(blocks), "the text of the documents", block_size, count)
+    return Dataset.from_dict(
+        {"input_ids": blocks, "labels": blocks}, features=_features(block_size)
+    )
+
+
+def document_tokens(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The tokens of each document: what the tokenizer gives by default, and eos at the end."""
+    eos = tokenizer.eos_token_id
+    for batch in _batched(texts, _ROWS_AT_ONCE):
+        # verbose=False: a document may be longer than the model's context, it is cut into blocks
+        # afterwards.
+        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
+            yield ids if ids and ids[-1] == eos else [*ids, eos]
 
 
 def text_batches(
@@ -166,7 +203,7 @@ def text_batches(
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
             )
         stream.close()
-    _check_enough(len(batches), files, block_size, count)
+    _check_enough(len(batches), _named(files), block_size, count)
     return batches
 
 
@@ -198,16 +235,11 @@ def _token_lists(
     folder: Path,
     count: _Count,
 ) -> Generator[list[int], None, None]:
-    """The tokens of each document: what the tokenizer gives by default, and eos at the end."""
-    eos = tokenizer.eos_token_id
     for file in files:
         before = count.documents
-        for texts in _batched(read_documents(file, text_field, documents, folder), _ROWS_AT_ONCE):
-            # verbose=False: a document may be longer than the model's context, it is cut into
-            # blocks afterwards.
-            for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-                count.documents += 1
-                yield ids if ids and ids[-1] == eos else [*ids, eos]
+        for ids in document_tokens(read_documents(file, text_field, documents, folder), tokenizer):
+            count.documents += 1
+            yield ids
         if count.documents == before:
             raise ValueError(
                 f"corpus file {str(file)!r} holds no text: every document in it is blank"
@@ -230,11 +262,21 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _check_enough(num_blocks: int, files: list[Path], block_size: int, count: _Count) -> None:
+def _features(block_size: int) -> Any:
+    from datasets import Features, Value
+    from datasets import Sequence as SequenceOf
+
+    row = SequenceOf(Value("int32"), length=block_size)
+    return Features({"input_ids": row, "labels": row})
+
+
+def _named(files: list[Path]) -> str:
+    one = len(files) == 1
+    return f"text file {str(files[0])!r}" if one else f"the text of {len(files)} files"
+
+
+def _check_enough(num_blocks: int, shown: str, block_size: int, count: _Count) -> None:
     if num_blocks == 0:
-        shown = (
-            f"text file {str(files[0])!r}" if len(files) == 1 else f"the text of {len(files)} files"
-        )
         raise ValueError(
             f"{shown} makes {count.dropped} tokens, fewer than one block of "
             f"block_size={block_size}: "

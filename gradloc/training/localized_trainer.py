@@ -1,8 +1,9 @@
 """LocalizedTrainer: what `gradloc.training.train` needs beyond a plain Trainer with our callback.
 
 It spares the pass over all gradients that newer Trainers make for a norm to log, saves a tokenizer
-that Trainer does not know of, restores a finished run, and works with Trainers that have no
-`optimizer_cls_and_kwargs` yet. All else is `LocalizationCallback`'s and Trainer's.
+that Trainer does not know of, restores a finished run, and works with Trainers that have neither
+`optimizer_cls_and_kwargs` nor `train_sampling_strategy` yet. All else is `LocalizationCallback`'s
+and Trainer's.
 """
 
 from __future__ import annotations
@@ -57,6 +58,15 @@ class LocalizedTrainer(Trainer):  # type: ignore[misc]  # transformers has no ty
         A static method there; it is called through the instance.
         """
         return self.localized_adamw
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the dataset's own order where asked to; older Trainers only know a random one.
+
+        Newer ones hand over the dataset as an argument.
+        """
+        if getattr(self.args, "train_sampling_strategy", None) == "sequential":
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the tokenizer too."""
@@ -123,8 +133,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         bf16=config.bf16,
         seed=config.seed,
-        save_strategy="steps",
-        save_steps=config.save_steps,
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 500,
         save_total_limit=config.save_total_limit,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is not finite should be seen
@@ -133,6 +143,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
     )
+    if not config.shuffle:
+        # Set and not passed: older Trainers have no such field, and LocalizedTrainer reads it.
+        arguments.train_sampling_strategy = "sequential"
     use_one_device(arguments)
     return arguments
 

@@ -39,7 +39,8 @@ class TrainResult:
     """What a run produced.
 
     Args:
-        folder: the trained model and tokenizer, for `from_pretrained`.
+        folder: the trained model and tokenizer, for `from_pretrained`; not there with
+            `save_steps=None`.
         plan: the plan in force at the end.
         profile: the profile that it came from, if the run had or traced one.
         num_steps: optimizer steps of the whole run, resumed parts included.
@@ -223,10 +224,11 @@ def _finish(
     if not trainer.is_world_process_zero():
         return result
     _save_choice(output, localization)
-    with replacing_folder(result.folder) as folder:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    if trainer.args.save_strategy != "no":
+        with replacing_folder(result.folder) as folder:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     content = {
         "status": "finished",
         "settings": dict(settings),
