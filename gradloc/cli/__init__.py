@@ -1,4 +1,4 @@
-"""The command line: `gradloc demo | trace | select | train | evaluate | export | doctor`.
+"""The command line: `gradloc demo`, `trace`, `select`, `train`, `compare` and the others.
 
 Parses arguments, calls the package, prints. What a command does is in the module named after it;
 heavy libraries are imported when a command runs, so that `--help` is quick.
@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gradloc.cli import demo, doctor, evaluate, export, select, trace, train
+from gradloc.cli import compare, demo, doctor, evaluate, export, report, select, trace, train
 
-_COMMANDS = (demo, trace, select, train, evaluate, export, doctor)
+_COMMANDS = (demo, trace, select, train, evaluate, compare, report, export, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

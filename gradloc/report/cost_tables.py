@@ -1,0 +1,136 @@
+"""The report's tables of what runs cost, and of every single run.
+
+Puts recorded numbers into cells; judges nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from gradloc.compare.statistics import mean_sd
+from gradloc.report.analysis import Analysis
+from gradloc.report.rows import Row
+from gradloc.report.runs import CHOSEN, KINDS, Run, mean, number
+from gradloc.report.table import Cell, Table
+from gradloc.report.words import NOTHING, fixed, rate, seconds, three_digits
+from gradloc.wording import bytes_in_words
+
+PAID = ("train", "trace", "generate")
+"""The seconds that a run takes because of its method; scoring is nobody's."""
+
+
+def cost_table(analysis: Analysis) -> Table:
+    """Steps, tokens by kind, memory and time of each method at its chosen learning rate."""
+    rows = [row for row in analysis.rows if row.weight is not CHOSEN]
+    peak = any(math.isfinite(value) for row in rows for value in _peak(row))
+    columns = [
+        "method", "steps", "tokens", "new", "old", "traced", "generated", "optimizer", "extra",
+        *(["peak"] if peak else []),
+        "training", "tracing", "generating", "whole run", "scoring",
+    ]  # fmt: skip
+    if analysis.baseline_row is not None:
+        columns.insert(-1, "× baseline")
+    body = []
+    for row in rows:
+        cells = [Cell(row.title, f"lr {rate(row.learning_rate)}"), _count(row, "num_steps")]
+        cells += [
+            _count(row, "tokens", kind) for kind in ("total", "new", "keep", "trace", "generate")
+        ]
+        cells += [_bytes(row, "optimizer_bytes"), _bytes(row, "extra_bytes")]
+        cells += [_bytes(row, "peak_bytes")] if peak else []
+        cells += [_seconds(row.recorded("seconds", name).values()) for name in PAID]
+        cells.append(_seconds(whole_run(run) for runs in row.runs.values() for run in runs))
+        if analysis.baseline_row is not None:
+            cells.append(_relative(row, analysis.baseline_row))
+        cells.append(_seconds(row.recorded("seconds", "score").values()))
+        body.append(cells)
+    reference = [index for index, row in enumerate(rows) if analysis.is_baseline(row)]
+    return Table(columns=columns, rows=body, reference=reference[0] if reference else None)
+
+
+def whole_run(run: Run) -> float:
+    """Seconds of training, tracing and generating together."""
+    return sum(number(run.record, "seconds", name) for name in PAID)
+
+
+def time_ratios(row: Row, baseline: Row) -> list[float]:
+    """Whole run over that of the baseline, a value for each seed that ran on one machine."""
+    found = []
+    for seed, runs in row.runs.items():
+        others = baseline.runs.get(seed, ())
+        machines = {str(run.record.get("machine")) for run in (*runs, *others)}
+        if others and len(machines) == 1:
+            ratio = mean(map(whole_run, runs)) / mean(map(whole_run, others))
+            if math.isfinite(ratio):
+                found.append(ratio)
+    return found
+
+
+def runs_table(analysis: Analysis, runs: Sequence[Run]) -> Table:
+    """Every one of some runs: a line each, in the methods' order."""
+    order = {method.name: index for index, method in enumerate(analysis.results.methods)}
+    interpolates = analysis.results.interpolates
+    columns = ["method", "lr", "seed", "draw", "learn", "forget", "text"]
+    columns += [f"{kind} ppl" for kind in KINDS] + ["old text ppl"]
+    columns += ["α", "learn", "forget", "text"] if interpolates else []
+    columns += ["steps", "tokens", "whole run", "finished"]
+    body = []
+    for run in sorted(
+        runs,
+        key=lambda r: (order.get(r.method, len(order)), r.method, r.learning_rate, r.seed, r.draw),
+    ):
+        method = analysis.results.method(run.method)
+        cells = [
+            Cell(method.title if method else str(run.record.get("title", run.method))),
+            Cell(rate(run.learning_rate)),
+            Cell(str(run.seed)),
+            Cell(str(run.draw)),
+            *(Cell(fixed(run.value(measure), 3)) for measure in ("learn", "forget", "text")),
+            *(Cell(three_digits(run.value(f"perplexity {kind}"))[0]) for kind in KINDS),
+            Cell(three_digits(run.value("perplexity old text"))[0]),
+        ]
+        if interpolates:
+            alpha = number(run.record, "alpha")
+            cells.append(Cell(f"{alpha:g}" if math.isfinite(alpha) else NOTHING))
+            cells += [
+                Cell(fixed(run.value(measure, CHOSEN), 3))
+                for measure in ("learn", "forget", "text")
+            ]
+        cells += [
+            Cell(_whole(number(run.record, "num_steps"))),
+            Cell(_whole(number(run.record, "tokens", "total"))),
+            Cell(seconds(whole_run(run))),
+            Cell(str(run.record.get("finished") or NOTHING)[:16].replace("T", " ")),
+        ]
+        body.append(cells)
+    return Table(columns=columns, rows=body)
+
+
+def _count(row: Row, *path: str) -> Cell:
+    return Cell(_whole(mean(row.recorded(*path).values())))
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else NOTHING
+
+
+def _bytes(row: Row, name: str) -> Cell:
+    value = mean(row.recorded("memory", name).values())
+    return Cell(bytes_in_words(round(value)) if math.isfinite(value) else NOTHING)
+
+
+def _peak(row: Row) -> Iterable[float]:
+    return row.recorded("memory", "peak_bytes").values()
+
+
+def _seconds(values: Iterable[float]) -> Cell:
+    return Cell(seconds(mean(values)))
+
+
+def _relative(row: Row, baseline: Row) -> Cell:
+    ratios = time_ratios(row, baseline)
+    if not ratios:
+        return Cell(NOTHING, "not on one machine")
+    middle, sd = mean_sd(ratios)
+    return Cell(f"× {fixed(middle)}", "" if math.isnan(sd) else f"± {fixed(sd)}")

@@ -1,0 +1,196 @@
+"""Results: the runs of a comparison, its methods and bases, as the report works with them.
+
+Only data and the numbers in it; reading the folder is `read`, and judging is left to others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradloc.compare.results import Measures, measures
+
+KINDS = ("updated", "new", "unchanged")
+TEXTS = ("old", "new")
+CHOSEN = None
+"""Stands for the interpolation weight that a run's validation chose, where a weight is asked for.
+"""
+Weight = float | None
+
+
+def number(record: Any, *path: str) -> float:
+    """The number at a path of keys; nan where it is missing or null."""
+    for name in path:
+        record = record.get(name) if isinstance(record, Mapping) else None
+    if isinstance(record, (int, float)) and not isinstance(record, bool):
+        return float(record)
+    return math.nan
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of any number of values; nan of none."""
+    given = list(values)
+    return math.fsum(given) / len(given) if given else math.nan
+
+
+def _judged_by(name: str) -> Callable[[Any], float]:
+    def value(scores: Any) -> float:
+        found = getattr(measures(scores or {}), name)
+        return math.nan if found is None else float(found)
+
+    return value
+
+
+def _at(*path: str) -> Callable[[Any], float]:
+    return lambda scores: number(scores, *path)
+
+
+MEASURES: Mapping[str, Callable[[Any], float]] = {
+    **{name: _judged_by(name) for name in Measures._fields},
+    **{f"perplexity {kind}": _at("probes", kind, "perplexity") for kind in KINDS},
+    **{f"perplexity {text} text": _at("text", text, "perplexity") for text in TEXTS},
+    **{f"right {kind}": _at("probes", kind, "exact_match") for kind in KINDS},
+}
+"""What is measured -> the number in an entry of a record's "scores". Lower is better in all but the
+share of facts that are right; "learn", "forget" and "text" are in nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of the comparison, as its configuration has it.
+
+    Args:
+        name: in records.
+        title: for people.
+        policy: how it chooses layers; "none": all of them.
+        others: its other settings; methods that share them differ in their layers only.
+        learning_rates: swept.
+        seeds: that it is to run on.
+    """
+
+    name: str
+    title: str
+    policy: str = "none"
+    others: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Args:
+        record: a line of results.jsonl with kind "run".
+    """
+
+    record: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        """Its method's name."""
+        return str(self.record["method"])
+
+    @property
+    def learning_rate(self) -> float:
+        """As swept."""
+        return float(self.record["learning_rate"])
+
+    @property
+    def seed(self) -> int:
+        """Of world, base and data order."""
+        return int(self.record["seed"])
+
+    @property
+    def draw(self) -> int:
+        """Which of the random layer sets; 0 for other policies."""
+        return int(self.record.get("draw", 0))
+
+    @property
+    def weights(self) -> list[float]:
+        """Interpolation weights that were scored, from 1 downwards."""
+        return sorted(map(float, self.record["scores"]), reverse=True)
+
+    def value(self, measure: str, weight: Weight = 1.0) -> float:
+        """A measure at an interpolation weight, or at the chosen one; nan where there is none."""
+        scores = self.record["scores"].get(self._key(weight))
+        return MEASURES[measure](scores)
+
+    def validation(self, weight: Weight = 1.0) -> float:
+        """Learning plus forgetting on the validation probes, in nats a token."""
+        key = self._key(weight)
+        return sum(number(self.record.get("validation"), key, what) for what in ("learn", "forget"))
+
+    def _key(self, weight: Weight) -> str:
+        return f"{number(self.record, 'alpha') if weight is CHOSEN else weight:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All that a comparison's folder holds.
+
+    Args:
+        name: of the folder.
+        config: as config.json has it.
+        methods: in the configuration's order.
+        runs: those that the configuration asks for and that are finished.
+        bases: seed -> the record of its base model.
+        missing: names of the cells that are not finished.
+        failed: names of those among them whose last attempt ended in an error.
+        set_aside: finished runs that the configuration does not ask for (any more).
+        other_keys: whether the records' keys were made by another version, so that runs were found
+            by method, learning rate, seed and draw.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    methods: tuple[Method, ...]
+    runs: tuple[Run, ...]
+    bases: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    set_aside: tuple[Run, ...] = ()
+    other_keys: bool = False
+
+    @property
+    def num_cells(self) -> int:
+        """Runs that the configuration asks for."""
+        return len(self.runs) + len(self.missing)
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether any weight but 1 was scored."""
+        return any(weight != 1 for run in self.runs for weight in run.weights)
+
+    def method(self, name: str) -> Method | None:
+        """The method of that name, if there is one."""
+        return next((method for method in self.methods if method.name == name), None)
+
+    def of(self, method: str, learning_rate: float | None = None) -> dict[int, tuple[Run, ...]]:
+        """The runs of a method, at one learning rate or at all: seed -> its runs, draws in order.
+
+        Only seeds that have any.
+        """
+        found: dict[int, list[Run]] = {}
+        for run in self.runs:
+            if run.method == method and learning_rate in (None, run.learning_rate):
+                found.setdefault(run.seed, []).append(run)
+        return {
+            seed: tuple(sorted(found[seed], key=lambda run: (run.learning_rate, run.draw)))
+            for seed in sorted(found)
+        }
+
+    def rates(self, method: str) -> list[float]:
+        """Learning rates at which the method has finished runs, rising."""
+        return sorted({run.learning_rate for run in self.runs if run.method == method})
+
+    def machines(self) -> list[dict[str, str]]:
+        """The different machines of runs and bases, in order of appearance."""
+        found: list[dict[str, str]] = []
+        for record in (*self.bases.values(), *(run.record for run in self.runs)):
+            machine = {str(k): str(v) for k, v in dict(record.get("machine") or {}).items()}
+            if machine and machine not in found:
+                found.append(machine)
+        return found
