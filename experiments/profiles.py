@@ -5,7 +5,10 @@ goes on where it was), and hands over to `profiles_report` for tables and charts
 
     python experiments/profiles.py --world real --model SmolLM2-135M-Instruct.Q4_1.gguf \
         --data data --output experiments/results/profiles-real
-    python experiments/profiles.py --world toy --bases RUN/bases --seeds 0 1 2 3 4 \
+    python experiments/profiles.py --world english --seeds 0 1 --short-tokens 1 --batch-size 2 \
+        --model SmolLM2-135M-Instruct.Q4_1.gguf --data data \
+        --output experiments/results/profiles-english
+    python experiments/profiles.py --world toy --seeds 0 1 2 3 4 --short-tokens 1 --bases RUN/bases \
         --output experiments/results/profiles-toy
     python experiments/profiles.py --summarize --output experiments/results/profiles-real
 """
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from profiles_analysis import SCHEMA, VERSION
 from profiles_report import summarize
-from profiles_worlds import World, base_world, real_world
+from profiles_worlds import World, base_world, english_world, real_world
 
 from gradloc import LayerMap
 from gradloc.compare.profiles import (
@@ -83,16 +86,7 @@ def trace_seed(given: argparse.Namespace, seed: int) -> None:
             )
         if all((folder / f"{name}.json").is_file() for name in found["parts"]):
             return
-    if given.world == "real":
-        if not given.model or given.data is None:
-            raise ValueError("--world real needs --model and --data")
-        world = real_world(given.model, given.data, seed)
-    else:
-        if given.bases is None:
-            raise ValueError(
-                f"--world {given.world} needs --bases: the folder RUN/bases of a `gradloc compare`"
-            )
-        world = base_world(given.bases / f"seed-{seed}", given.data, seed)
+    world = read_world(given, seed)
     layers = LayerMap.from_model(world.model)
     parts = make_parts(world, given, seed)
     from gradloc.compare.machine import machine
@@ -123,6 +117,23 @@ def trace_seed(given: argparse.Namespace, seed: int) -> None:
         traced = trace_each(world.model, batches, layers=layers)
         body = {"context_tokens": context_tokens(batches), **traced.to_json()}
         write_json(path, body, schema=SCHEMA, version=VERSION)
+
+
+def read_world(given: argparse.Namespace, seed: int) -> World:
+    """The world that the command names.
+
+    Raises:
+        ValueError: an option that it needs is missing.
+    """
+    if given.world == "toy":
+        if given.bases is None:
+            raise ValueError("--world toy needs --bases: RUN/bases of a `gradloc compare`")
+        return base_world(given.bases / f"seed-{seed}", seed)
+    if not given.model or given.data is None:
+        raise ValueError(f"--world {given.world} needs --model and --data")
+    if given.world == "real":
+        return real_world(given.model, given.data, seed)
+    return english_world(given.model, given.data, given.output / "known.json", seed)
 
 
 def make_parts(
@@ -242,11 +253,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--world", choices=("real", "toy", "english"), default="real")
-    parser.add_argument("--model", metavar="MODEL", help="an id, a folder or a .gguf file (real)")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="an id, a folder or a .gguf file (real, english)"
+    )
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="TempLAMA, ECBD, WikiText (english: WikiText)"
     )
-    parser.add_argument("--bases", type=Path, metavar="FOLDER", help="RUN/bases (toy, english)")
+    parser.add_argument("--bases", type=Path, metavar="FOLDER", help="RUN/bases (toy)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--summarize", action="store_true", help="only tables and charts, no model")

@@ -31,6 +31,7 @@ PAIRS = (
     ("updated", "unchanged"),
     ("new", "unchanged"),
     ("updated", "outdated"),
+    ("unchanged", "outdated"),
     ("updated", "new-facts"),
     ("new", "popular"),
     ("unchanged", "popular"),
@@ -137,7 +138,7 @@ class Found:
         }
 
 
-_RATIO_FIELDS = ("ratio", "low", "high", "p_above", "p_below")
+_RATIO_FIELDS = ("ratio", "geometric", "low", "high", "p_above", "p_below")
 
 
 def analyse(seed: Seed, num_permutations: int) -> Found:

@@ -36,7 +36,18 @@ def draw_profiles(
         return
     kinds = list(dict.fromkeys(kind for one in found for kind in one.ratios[columns[0]]))
     figure = Figure(figsize=(4.3 * len(columns), 1.55 * len(kinds) + 0.9), layout="constrained")
-    axes = figure.subplots(len(kinds), len(columns), squeeze=False, sharex=True, sharey="col")
+    axes = figure.subplots(len(kinds), len(columns), squeeze=False, sharex=True, sharey=True)
+    # Ratios, so a logarithmic axis; one for all, and wide enough for the lines: intervals of single
+    # wild batches would flatten everything else.
+    lines = np.concatenate(
+        [
+            np.mean([one.ratios[loss][kind].ratio for one in found if kind in one.ratios[loss]], 0)
+            for loss in columns
+            for kind in kinds
+            if any(kind in one.ratios[loss] for one in found)
+        ]
+    )
+    lowest, highest = min(0.7, 0.9 * lines.min()), max(1.5, 1.2 * lines.max())
     blocks = max(layer["block"] for layer in layers if layer["block"] is not None) + 1
     for column, loss in enumerate(columns):
         for row, kind in enumerate(kinds):
@@ -59,7 +70,12 @@ def draw_profiles(
                 )
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="upper right", ncols=3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper right", ncols=3)
+    axes[0, 0].set_yscale("log", base=2)
+    axes[0, 0].set_ylim(lowest, highest)
+    ticks = [2.0**power for power in range(-3, 8) if lowest <= 2.0**power <= highest]
+    axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     figure.suptitle("Gradient norm of each layer, relative to ordinary text", fontsize=11)
     _save(figure, path)
 

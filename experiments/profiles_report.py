@@ -147,7 +147,8 @@ def _claim_a(found: Sequence[Found]) -> Iterable[str]:
 
 def _claim_b(found: Sequence[Found]) -> Iterable[str]:
     yield (
-        "R: mean norm of the probes' batches over that of the reference's. Intervals: 95 %, "
+        "R: mean norm of the probes' batches over that of the reference's. *Geometric*: of "
+        "geometric means, which single batches with huge norms sway less. Intervals: 95 %, "
         "bootstrap over the batches of both. *Holm*, *BH*: layers at 5 %, corrected over all "
         "layers and both directions, by permutation of Welch's t. *Text as …*: ordinary text, not "
         "that of the reference, with random spans as long as that kind's."
@@ -166,6 +167,7 @@ def _claim_b(found: Sequence[Found]) -> Iterable[str]:
                 [
                     kind,
                     _mean([one.ratio.mean() for one in each], ".2f"),
+                    _mean([one.geometric.mean() for one in each], ".2f"),
                     _mean([one.ratio.min() for one in each], ".2f")
                     + "–"
                     + _mean([one.ratio.max() for one in each], ".2f"),
@@ -178,7 +180,7 @@ def _claim_b(found: Sequence[Found]) -> Iterable[str]:
                     _mean(below, ".0f"),
                 ]
             )
-        head = ["kind", "mean R", "lowest–highest", "lower / middle / upper third"]
+        head = ["kind", "mean R", "geometric", "lowest–highest", "lower / middle / upper third"]
         head += ["interval above 1", "Holm", "BH", "interval below 1", "Holm", "BH"]
         yield from _table(head, rows)
 

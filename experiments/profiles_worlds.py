@@ -1,4 +1,4 @@
-"""Models, probes and text for `profiles.py`: real ones, and those of a `gradloc compare`.
+"""Models, probes and text for `profiles.py`: real ones, facts about countries, and toy worlds.
 
 Reads only; what is made of them is decided there.
 """
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from gradloc.files import read_json, write_json
 from gradloc.models import load_model
-from gradloc.probes import Probe, read_ecbd, read_spans, read_templama
+from gradloc.probes import EnglishWorld, Probe, ask, read_ecbd, read_spans, read_templama
 
 DATES = ("2019-Q2", "2022-Q2")
-# Of what lies beside a base; it may hold TempLAMA and ECBD too, which the real world traces.
+KNOWN_SCHEMA = "gradloc.experiments.known"
+# Of what lies beside a base, which may be more.
 KINDS = ("updated", "new", "unchanged", "outdated")
 
 
@@ -73,11 +75,48 @@ def _one_an_entity(path: Path, probes: Sequence[Probe], seed: int) -> list[Probe
     return list(chosen.values())
 
 
-def base_world(folder: Path, data: Path | None, seed: int) -> World:
-    """A base model that `gradloc compare` made, with the probes that lie beside it.
+def english_world(model_name: str, data: Path, known_file: Path, seed: int) -> World:
+    """A pretrained model with facts about countries that it answers right, changed and invented.
 
-    The text is WikiText where there is `data`, and otherwise what lies there too.
+    Updated facts are traced with their new and, as "outdated", with their old objects. The kinds
+    differ in what the model knows and in little else: the templates are the same, and all objects
+    are real ones of the same relations.
+
+    Args:
+        model_name: as `load_model` takes it.
+        data: the folder that holds WikiText.
+        known_file: where the model's answers are kept, which do not depend on the seed.
+        seed: of the world.
     """
+    model, tokenizer = load_model(model_name)
+    countries = dict.fromkeys(("num_updated", "num_new", "num_unchanged"), 50)
+    nobody = {"num_keep": 0, "num_validation": 0}
+    if not known_file.is_file():
+        everything = EnglishWorld(seed, **dict.fromkeys([*countries, *nobody], 0)).old_probes()
+        known = sorted(ask(model, tokenizer, everything))
+        content = {"known": [list(key) for key in known]}
+        write_json(known_file, content, schema=KNOWN_SCHEMA, version=1)
+    known = [tuple(key) for key in read_json(known_file, schema=KNOWN_SCHEMA, version=1)["known"]]
+    world = EnglishWorld(seed, known=known, **countries, **nobody)
+    draw = random.Random(f"profiles {seed} facts")
+    facts: dict[str, list[list[Probe]]] = {}
+    for kind, probes in world.probes().items():
+        by_country: dict[str, list[list[Probe]]] = {}
+        for source, members in itertools.groupby(probes, lambda probe: probe.source):
+            by_country.setdefault(source.split("/")[0], []).append(list(members))
+        if by_country:
+            # One fact a country: its facts are no independent draws.
+            facts[kind] = [draw.choice(of_country) for of_country in by_country.values()]
+    return World(
+        model=model,
+        tokenizer=tokenizer,
+        probes=_same_sentences(facts, draw),
+        text_files=[data / "wikitext2/valid.txt"],
+    )
+
+
+def base_world(folder: Path, seed: int) -> World:
+    """A base model that `gradloc compare` made, with the probes and the text that lie beside it."""
     base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
     model, tokenizer = load_model((folder / base["model"]).resolve())
     facts: dict[str, list[list[Probe]]] = {}
@@ -95,9 +134,7 @@ def base_world(folder: Path, data: Path | None, seed: int) -> World:
         model=model,
         tokenizer=tokenizer,
         probes=probes,
-        text_files=[data / "wikitext2/valid.txt"]
-        if data
-        else [folder / "reference.txt", folder / "text_old.txt"],
+        text_files=[folder / "reference.txt", folder / "text_old.txt"],
     )
 
 

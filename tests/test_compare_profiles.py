@@ -266,6 +266,7 @@ def test_p_of_a_layer_is_exact_where_all_permutations_can_be_tried():
     assert found.p_above[0] == pytest.approx(1 / 20, abs=0.01)
     assert found.p_below[0] == pytest.approx(1, abs=1e-3)
     assert found.ratio[0] == pytest.approx(18.5 / 5.5)
+    assert found.geometric[0] == pytest.approx((5 * 6 * 7.5 / 5) ** (1 / 3))
 
 
 def test_corrections_by_hand():
@@ -379,5 +380,7 @@ def test_the_experiment_says_what_it_needs(experiment, tmp_path):
         experiment.main(["--world", "toy", *output])
     with pytest.raises(ValueError, match="--model and --data"):
         experiment.main(["--world", "real", *output])
+    with pytest.raises(ValueError, match="--model and --data"):
+        experiment.main(["--world", "english", "--model", "x", *output])
     with pytest.raises(FileNotFoundError, match="trace first"):
         experiment.main(["--summarize", *output])

@@ -83,6 +83,7 @@ class LayerRatios:
 
     Args:
         ratio: mean probe norm / mean reference norm.
+        geometric: the same of geometric means, which single batches with huge norms sway less.
         low: lower end of its 95 % bootstrap interval.
         high: upper end.
         p_above: one-sided p of the probes' mean norm being the larger one.
@@ -90,6 +91,7 @@ class LayerRatios:
     """
 
     ratio: Floats
+    geometric: Floats
     low: Floats
     high: Floats
     p_above: Floats
@@ -221,6 +223,7 @@ def layer_ratios(
     slack = 1e-9 * (1 + np.abs(observed))
     return LayerRatios(
         ratio=probes.mean(axis=0) / reference.mean(axis=0),
+        geometric=_geometric_means(probes) / _geometric_means(reference),
         low=low,
         high=high,
         p_above=(1 + (permuted >= observed - slack).sum(axis=0)) / (1 + num_permutations),
@@ -316,6 +319,12 @@ def _checked(named: Mapping[str, Floats]) -> list[Floats]:
                 f"{rows[0].shape[-1]} layers]"
             )
     return rows
+
+
+def _geometric_means(rows: Floats) -> Floats:
+    # A layer that takes no part in a batch has norm 0 there.
+    means: Floats = np.exp(np.log(np.maximum(rows, 1e-30)).mean(axis=0))
+    return means
 
 
 def _resampled_means(rows: Floats, num_resamples: int, draw: np.random.Generator) -> Floats:

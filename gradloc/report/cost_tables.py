@@ -87,8 +87,8 @@ def runs_table(analysis: Analysis, runs: Sequence[Run]) -> Table:
             Cell(str(run.seed)),
             Cell(str(run.draw)),
             *(Cell(fixed(run.value(measure), 3)) for measure in ("learn", "forget", "text")),
-            *(Cell(three_digits(run.value(f"perplexity {kind}"))[0]) for kind in KINDS),
-            Cell(three_digits(run.value("perplexity old text"))[0]),
+            *(Cell(three_digits(run.value(f"perplexity probes {kind}"))[0]) for kind in KINDS),
+            Cell(three_digits(run.value("perplexity text old"))[0]),
         ]
         if interpolates:
             alpha = number(run.record, "alpha")

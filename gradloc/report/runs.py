@@ -49,12 +49,19 @@ def _at(*path: str) -> Callable[[Any], float]:
 
 MEASURES: Mapping[str, Callable[[Any], float]] = {
     **{name: _judged_by(name) for name in Measures._fields},
-    **{f"perplexity {kind}": _at("probes", kind, "perplexity") for kind in KINDS},
-    **{f"perplexity {text} text": _at("text", text, "perplexity") for text in TEXTS},
     **{f"right {kind}": _at("probes", kind, "exact_match") for kind in KINDS},
 }
 """What is measured -> the number in an entry of a record's "scores". Lower is better in all but the
-share of facts that are right; "learn", "forget" and "text" are in nats a token."""
+share of facts that are right; "learn", "forget" and "text" are in nats a token. Perplexities are
+told by their place: "perplexity probes updated", "perplexity text old"."""
+
+
+def measure_of(name: str) -> Callable[[Any], float]:
+    """The reader of a measure: one of `MEASURES`, or a perplexity."""
+    if name.startswith("perplexity "):
+        part, which = name.removeprefix("perplexity ").split(" ", 1)
+        return _at(part, which, "perplexity")
+    return MEASURES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +123,7 @@ class Run:
     def value(self, measure: str, weight: Weight = 1.0) -> float:
         """A measure at an interpolation weight, or at the chosen one; nan where there is none."""
         scores = self.record["scores"].get(self._key(weight))
-        return MEASURES[measure](scores)
+        return measure_of(measure)(scores)
 
     def validation(self, weight: Weight = 1.0) -> float:
         """Learning plus forgetting on the validation probes, in nats a token."""
@@ -158,6 +165,17 @@ class Results:
     def num_cells(self) -> int:
         """Runs that the configuration asks for."""
         return len(self.runs) + len(self.missing)
+
+    def scored(self, part: str) -> list[str]:
+        """What the runs have scores of: kinds of "probes" or of "text", the usual ones first."""
+        first = {"probes": KINDS, "text": TEXTS}[part]
+        found = {
+            name
+            for record in (*self.bases.values(), *(run.record for run in self.runs))
+            for scores in record["scores"].values()
+            for name in (scores or {}).get(part) or ()
+        }
+        return [*(n for n in first if n in found), *sorted(found.difference(first))]
 
     @property
     def interpolates(self) -> bool:

@@ -12,7 +12,7 @@ from gradloc.compare.statistics import PairedDifference, mean_sd
 from gradloc.report.analysis import BOTH, RATES, Analysis
 from gradloc.report.matched import Matched
 from gradloc.report.rows import Row
-from gradloc.report.runs import CHOSEN, KINDS, TEXTS, mean, number
+from gradloc.report.runs import CHOSEN, KINDS, mean, number
 from gradloc.report.table import Cell, Table
 from gradloc.report.verdicts import Standing, clear, standing, whole_standing
 from gradloc.report.words import (
@@ -34,7 +34,7 @@ _MARKS = {Standing.LESS: "better", Standing.MORE: "worse"}
 
 def perplexity_table(analysis: Analysis) -> Table:
     """The paper's table: perplexity of probes by kind and of ordinary text, a row a method."""
-    measures = [f"perplexity {kind}" for kind in KINDS] + [f"perplexity {t} text" for t in TEXTS]
+    places = [(part, name) for part in ("probes", "text") for name in analysis.results.scored(part)]
     rows = []
     if analysis.results.bases:
         bases = [record["scores"]["1"] for record in analysis.results.bases.values()]
@@ -42,27 +42,28 @@ def perplexity_table(analysis: Analysis) -> Table:
             [
                 Cell("Before training", number_of(len(bases), "seed")),
                 Cell(NOTHING),
-                *(_base_cell(bases, part, name) for part, name in _PLACES),
+                *(_base_cell(bases, part, name) for part, name in places),
             ]
         )
     rows += [
         [
             _named(row),
             _layers(row),
-            *(_perplexity(row, measure) for measure in measures),
+            *(_perplexity(row, f"perplexity {part} {name}") for part, name in places),
         ]
         for row in analysis.rows
     ]
     return Table(
-        columns=(
-            "method", "layers", *(f"{kind} facts" for kind in KINDS), "old text", "new text",
-        ),
+        columns=("method", "layers", *(_heading(part, name) for part, name in places)),
         rows=rows,
         reference=0 if analysis.results.bases else None,
-    )  # fmt: skip
+    )
 
 
-_PLACES = [("probes", kind) for kind in KINDS] + [("text", text) for text in TEXTS]
+def _heading(part: str, name: str) -> str:
+    if part == "text":
+        return f"{name} text"
+    return f"{name} facts" if name in KINDS else name
 
 
 def loss_table(analysis: Analysis) -> Table:
