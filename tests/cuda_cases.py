@@ -5,6 +5,8 @@ import torch
 from numerics import assert_same_bits
 from torch import nn
 
+from gradloc import RecAdam
+
 CUDA = torch.device("cuda", 0)
 SHAPES = ((1000, 37), (1000,), (3, 5, 7), (1,))
 OPTIONS = [
@@ -14,6 +16,7 @@ OPTIONS = [
     {"max_grad_norm": 1.0, "on_nonfinite": "ignore"},
     {"on_nonfinite": "skip", "maximize": True},
     {"capturable": True},
+    {"recadam": RecAdam(gamma=20.0, t0=30.0, anchor_dtype="bfloat16"), "max_grad_norm": 1.0},
 ]
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 

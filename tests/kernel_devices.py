@@ -47,6 +47,8 @@ class Device:
     def slot(self, slot: AdamWSlot, place: Callable[[Tensor], Tensor] | None = None) -> AdamWSlot:
         """A copy on the device; `place` decides where its arrays lie."""
         moved = {name: self.to(tensor) for name, tensor in tensors_of(slot).items()}
+        if slot.anchor is not None:
+            moved["anchor"] = self.to(slot.anchor)
         if place is not None:
             moved |= {name: place(moved[name]) for name in moved if name != "step"}
         return dataclasses.replace(slot, **moved)

@@ -49,7 +49,7 @@ def test_littles_law():
     assert (round(needed), name) == (201, "H200")  # the more demanding of the two
 
 
-NAME = "_ZN7gradloc4cuda12adamw_kernelILb0ELb1ELi416EEEvv"
+NAME = "_ZN7gradloc4cuda12adamw_kernelILb0ELb1ELb0ELi416EEEvv"
 REPORT = f"""\
 ptxas info    : Compiling entry function '{NAME}' for 'sm_90'
 ptxas info    : Function properties for {NAME}
@@ -61,7 +61,7 @@ ptxas info    : Used 64 registers, used 1 barriers, 32 bytes cumulative stack si
 def test_the_report_of_ptxas_is_understood():
     assert kernel_resources.parse_report(REPORT) == [
         {
-            "kernel": "adamw_kernel<false, true, 416>",
+            "kernel": "adamw_kernel<false, true, false, 416>",
             "registers": 64,
             "shared_bytes": 121,
             "stack_bytes": 32,

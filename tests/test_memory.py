@@ -9,8 +9,9 @@ import torch
 from architectures import COMMON, TinyModel, build, shared_model
 from torch import nn
 
-from gradloc import LayerMap, LayerPlan, LocalizedAdamW, RandomLayers
+from gradloc import LayerMap, LayerPlan, LocalizedAdamW, RandomLayers, RecAdam
 from gradloc.memory import MemoryEstimate, MemoryRow
+from gradloc.wording import bytes_in_words
 
 MODELS = ("gpt2", "llama", "opt", "mixtral", "gemma2", "bert")
 
@@ -82,6 +83,30 @@ def test_a_state_dtype_that_was_asked_for(dtype: torch.dtype, state_dtype: torch
         assert estimate.moment_bytes == 2 * state_dtype.itemsize * elements
     optimizer = trained(model, layers, plan, state_dtype=state_dtype)
     assert optimizer.state_bytes() == estimate.moment_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("anchor_dtype", [None, "bfloat16"])
+def test_anchors(dtype: torch.dtype, anchor_dtype: str | None) -> None:
+    model = copy.deepcopy(shared_model("llama")).to(dtype)
+    layers = LayerMap.from_model(model)
+    plan = LayerPlan({name: float("mlp" in name) for name in layers.names})
+    recadam = RecAdam(gamma=1.0, anchor_dtype=anchor_dtype)
+    estimate, without = plan.memory(model, recadam=recadam), plan.memory(model)
+    itemsize = dtype.itemsize if anchor_dtype is None else 2
+    elements = sum(layer.num_elements for layer in layers if "mlp" in layer.name)
+    everything = sum(layer.num_elements for layer in layers)
+    assert estimate.anchor_bytes == itemsize * elements > 0
+    assert estimate.total_bytes == without.total_bytes + itemsize * elements
+    assert estimate.full_bytes == without.full_bytes + itemsize * everything
+    optimizer = trained(model, layers, plan, recadam=recadam)
+    assert optimizer.state_bytes() == estimate.moment_bytes + estimate.anchor_bytes
+    head, *lines = str(estimate).splitlines()
+    total = next(line for line in lines if line.startswith("total"))
+    assert head.split()[3:5] == ["moments", "anchors"]
+    assert f"  {bytes_in_words(estimate.anchor_bytes)}  " in total
+    assert plan.memory(model, recadam=RecAdam(gamma=0.0)) == without
+    assert "anchors" not in str(without)
 
 
 def test_the_parts_of_a_model() -> None:

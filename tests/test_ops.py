@@ -219,9 +219,14 @@ def adamw_work(**changes):
     """A work of one tensor of four elements, with other arguments in place of some."""
     names = ["params", "param_dtypes", "moment_dtypes", "exp_avgs", "exp_avg_sqs"]
     names += ["max_exp_avg_sqs", "steps", "groups", "tensor_ids", "first_elements"]
-    return _C.AdamWWork(
-        **{"sizes": [4], "layers": [0], "num_layers": 1, **{name: [0] for name in names}, **changes}
-    )
+    arguments = {"sizes": [4], "layers": [0], "num_layers": 1, "anchors": [], "anchor_dtypes": []}
+    return _C.AdamWWork(**{**arguments, **{name: [0] for name in names}, **changes})
+
+
+def step_of(work, recadam=None):
+    """A step of one tensor, had it a gradient."""
+    group = (1.0, 0.9, 0.9, 1.0, 0.0, False)
+    work.step(_C.Gradients([0], [0], []), [group], [1.0], 1.0, 0, None, recadam, 1)
 
 
 def norm_sq_of(gradients):
@@ -250,17 +255,21 @@ def norm_sq_of(gradients):
             lambda: adamw_work(moment_dtypes=[2]),
             "moments of tensor 0 are float16: float32 or bfloat16",
         ),
+        (lambda: adamw_work(anchors=[1, 1]), "anchors has 2 entries, expected 1"),
+        (lambda: adamw_work(anchors=[1]), "anchor_dtypes has 0 entries, expected 1"),
         (
-            lambda: adamw_work(groups=[3]).step(
-                _C.Gradients([0], [0], []),
-                [(1.0, 0.9, 0.9, 1.0, 0.0, False)],
-                [1.0],
-                1.0,
-                0,
-                None,
-                1,
-            ),
-            "group 3 has no hyperparameters",
+            lambda: adamw_work(anchors=[1], anchor_dtypes=[2]),
+            "anchors of tensor 0 are float16: float32 or bfloat16",
+        ),
+        (lambda: step_of(adamw_work(groups=[3])), "group 3 has no hyperparameters"),
+        (lambda: step_of(adamw_work(), (1.0, 0.5, 2.0, 0)), "recadam and anchors: both or neither"),
+        (
+            lambda: step_of(adamw_work(anchors=[1], anchor_dtypes=[0])),
+            "recadam and anchors: both or neither",
+        ),
+        (
+            lambda: step_of(adamw_work(anchors=[1], anchor_dtypes=[0]), (1.0, 0.5, 2.0, 3)),
+            "anneal code 3 is unknown",
         ),
     ],
 )

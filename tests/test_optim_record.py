@@ -46,6 +46,7 @@ def test_everything_that_the_next_step_depends_on():
         "seed": 5,
         "num_skipped_steps": 3,
         "num_states": 2,
+        "recadam": None,
     }
     assert KEY not in opt.param_groups[0], "only in what is saved"
     _, other = make()

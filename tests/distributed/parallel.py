@@ -163,10 +163,11 @@ def one_backward(model: nn.Module, ids: Tensor) -> None:
 
 
 def bytes_needed(optimizer: LocalizedAdamW) -> int:
-    """Float32 moments of this rank's shards of all parameters that have a state."""
-    num_moments = 3 if optimizer.param_groups[0]["amsgrad"] else 2
+    """Float32 moments and anchors of this rank's shards of all parameters that have a state."""
+    num_arrays = 3 if optimizer.param_groups[0]["amsgrad"] else 2
+    num_arrays += optimizer.recadam is not None
     params = [param for param, state in optimizer.state.items() if state]
-    return sum(4 * num_moments * sharding.local(param).numel() for param in params)
+    return sum(4 * num_arrays * sharding.local(param).numel() for param in params)
 
 
 def collect(run: Run, model: nn.Module, optimizer: LocalizedAdamW) -> None:

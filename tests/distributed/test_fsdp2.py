@@ -21,13 +21,14 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from gradloc import LayerMap, LocalizedAdamW, layer_grad_norms, sharding
+from gradloc import LayerMap, LocalizedAdamW, RecAdam, layer_grad_norms, sharding
 
 RUNS = {
     "default": {},
     "drop": {"on_freeze": "drop"},
     "plain": {"fused": False, "amsgrad": True, "max_grad_norm": None},
     "hybrid": {},  # shards over two ranks, replicas over two
+    "recadam": {"recadam": RecAdam(gamma=30.0, k=0.5, t0=6.0)},
 }
 FUSED = {"max_grad_norm": None, "release_gradients": True}
 
@@ -53,7 +54,7 @@ def sharded_runs(names: list[tuple[str, str]]) -> dict[tuple[str, str], Run]:
 
 
 CASES = {
-    2: [("gpt2", "default"), ("gpt2", "plain"), ("llama", "drop")],
+    2: [("gpt2", "default"), ("gpt2", "plain"), ("gpt2", "recadam"), ("llama", "drop")],
     4: [("gpt2", "drop"), ("llama", "default"), ("llama", "plain"), ("gpt2", "hybrid")],
 }
 

@@ -87,14 +87,15 @@ int adamw(const Tensors* tensors, void* const* state, double* norm_sq) {
     for (int i = 0; i < t.count; ++i) {
       entries.push_back({state[i], state[t.count + i], state[2 * t.count + i], nullptr,
                          static_cast<float*>(state[3 * t.count + i]), i, 0, 0, t.layers[i],
-                         DType::kFloat32, DType::kFloat32});
+                         DType::kFloat32, DType::kFloat32, DType::kFloat32, nullptr});
     }
     Memory memory(t);
     memory.write(t, entries, std::vector<double>(static_cast<size_t>(t.num_layers), 1.0));
     const std::vector<const void*> grads(t.grads, t.grads + t.count);
     const std::vector<GroupEntry> groups = {
         {adamw_group(0.1, 0.5, 0.75, 1e-3, 0.5, false), nullptr}};
-    const StepOptions options = {groups, nullptr, nullptr, 1.0, norm_sq, std::nullopt, false};
+    const StepOptions options = {groups,  nullptr,      nullptr, 1.0,
+                                 norm_sq, std::nullopt, false,   std::nullopt};
     adamw_step(memory.device_tables(), memory.device_scratch(), options, {grads, nullptr},
                {0, nullptr});
   });

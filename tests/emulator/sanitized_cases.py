@@ -4,6 +4,7 @@ Every array ends where its allocation ends, so that one element too many is an e
 itself, see test_kernels_sanitized.py; values are checked in the other tests.
 """
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ import emulator_build
 import torch
 from numerics import CHUNK, DTYPES, make_slot
 
-from gradloc import ops
+from gradloc import RecAdam, ops
 from gradloc.ops_cuda import Decision
 from gradloc.reference import AdamWGroup
 
 SMALL = (0, 1, 3, 4, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049)
+PULL = RecAdam(gamma=20.0, k=1.0, t0=1.0)
 LARGE = (CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7)
 KINDS = list(itertools.product(DTYPES, DTYPES, (torch.float32, torch.bfloat16)))
 
@@ -33,7 +35,7 @@ def groups(count):
     return [AdamWGroup(0.01, 0.9, 0.99, 1e-6, 0.1, maximize=i == 1) for i in range(count)]
 
 
-def tensors(kinds_and_sizes, before, amsgrad, num_groups=2):
+def tensors(kinds_and_sizes, before, amsgrad, num_groups=2, recadam=None):
     slots, grads = [], []
     for i, ((param_dtype, grad_dtype, moment_dtype), size) in enumerate(kinds_and_sizes):
         slots.append(
@@ -47,11 +49,14 @@ def tensors(kinds_and_sizes, before, amsgrad, num_groups=2):
                 place=lambda moment: at_the_end(moment, before),
             )
         )
+        if recadam is not None:
+            anchor = torch.randn(size).to((torch.float32, torch.bfloat16)[i % 2])
+            slots[-1] = dataclasses.replace(slots[-1], anchor=at_the_end(anchor, before))
         grads.append(None if i % 11 == 5 else at_the_end(torch.randn(size).to(grad_dtype), before))
     return slots, grads
 
 
-def clip_and_step(slots, grads, seed, num_groups=2):
+def clip_and_step(slots, grads, seed, num_groups=2, recadam=None):
     """Both kernels, all that they can be asked for; then with a skipped step."""
     work = ops.NativeAdamW(slots, 5)
     ours, scales = work.gather(grads), [0.5] * 5
@@ -61,7 +66,13 @@ def clip_and_step(slots, grads, seed, num_groups=2):
         flags[0].fill_(found_inf)
         sums = work.norm_sq(ours, scales, Decision(control, max_norm, True, *flags))
         taken = work.step(
-            ours, groups(num_groups), scales, control, with_norms=True, rounding_seed=seed
+            ours,
+            groups(num_groups),
+            scales,
+            control,
+            with_norms=True,
+            rounding_seed=seed,
+            recadam=recadam,
         )
         assert control.tolist()[1:] == [found_inf, found_inf]
         assert torch.allclose(sums, taken, rtol=1e-6) != bool(found_inf)
@@ -74,6 +85,14 @@ def run(case):
         for amsgrad, seed in itertools.product((False, True), (None, 7)):
             for before in (0, 1, 6):
                 clip_and_step(*tensors(every, before, amsgrad), seed)
+    elif case == "anchors":
+        every = list(itertools.product(KINDS, SMALL))
+        every += list(itertools.product(KINDS[::5], LARGE))
+        for seed, before in itertools.product((None, 7), (0, 1, 6)):
+            clip_and_step(*tensors(every, before, True, recadam=PULL), seed, recadam=PULL)
+        sizes = [1 + i % 3 for i in range(4001)]
+        many = tensors([(KINDS[1], size) for size in sizes], 0, False, 12, PULL)
+        clip_and_step(*many, 7, 12, PULL)
     elif case == "many":
         kind = KINDS[1]
         for count in (300, 4001):  # addresses in the parameters, and in a table

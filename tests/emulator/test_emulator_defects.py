@@ -212,7 +212,7 @@ def test_a_barrier_that_only_some_threads_of_gradlocs_kernel_reach(mutated):
     with pytest.raises(RuntimeError, match="unspecified launch failure") as raised:
         outcome(broken, 0)
     text = str(raised.value)
-    assert "gradloc::cuda::adamw_kernel<false, false, 416>: block (" in text
+    assert "gradloc::cuda::adamw_kernel<false, false, false, 416>: block (" in text
     assert "wait at __syncthreads at adamw.cuh:" in text
 
 

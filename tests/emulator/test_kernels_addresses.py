@@ -12,7 +12,7 @@ import pytest
 import torch
 from numerics import CHUNK, assert_same_bits, make_slot, tensors_of
 
-from gradloc import _C, ops
+from gradloc import _C, RecAdam, ops
 from gradloc.reference import AdamWGroup
 
 GROUP = AdamWGroup(lr=0.02, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1, maximize=False)
@@ -89,15 +89,20 @@ def test_norms_far_into_a_tensor(device, far_end, offset, dtype):
     ],
     ids=["float32", "narrow"],
 )
+@pytest.mark.parametrize("recadam", [None, RecAdam(gamma=20.0, k=1.0, t0=1.0)], ids=["", "recadam"])
 @pytest.mark.parametrize("offset", FAR)
 @pytest.mark.parametrize("device", ["emulator"], indirect=True)
-def test_a_step_far_into_a_tensor(device, far_end, offset, dtypes):
+def test_a_step_far_into_a_tensor(device, far_end, offset, dtypes, recadam):
     """The CPU core, told that it has a shard that begins there, gives the random numbers too."""
     host = make_slot(torch.randn(SIZE).to(dtypes[0]), moment_dtype=dtypes[2], amsgrad=True)
     host = dataclasses.replace(host, first_element=offset)
     host.exp_avg.normal_()
     host.exp_avg_sq.uniform_(0.1, 1)
+    anchor = torch.randn(SIZE).to(dtypes[2])
+    if recadam is not None:
+        host = dataclasses.replace(host, anchor=anchor)
     ours = {name: far_end(t.reshape(-1)) for name, t in tensors_of(host).items()}
+    far_anchor = far_end(anchor)
     grad = far_end(torch.randn(SIZE).to(dtypes[1]))
     back = {name: [moved_back(ours[name], offset)] for name in ARRAYS}
     work = device.core.CudaAdamWWork(
@@ -114,16 +119,25 @@ def test_a_step_far_into_a_tensor(device, far_end, offset, dtypes):
         groups=[0],
         tensor_ids=[0],
         first_elements=[0],
+        anchors=[] if recadam is None else [moved_back(far_anchor, offset)],
+        anchor_dtypes=[] if recadam is None else [ops.DTYPE_CODES[dtypes[2]]],
     )
     grads = far_gradients(grad, offset)
     tables, scratch = far_tables(work, offset, grads, [0.5])
     group = (0.02, 0.9, 0.99, 1e-6, 0.1, False, 0)
     places = tables.data_ptr(), scratch.data_ptr()
-    work.step(*places, grads, 0, [group], 0, 0, 0.7, 0, SEED, 0, 0)
+    pull = None if recadam is None else (20.0, 1.0, 1.0, 0)
+    work.step(*places, grads, 0, [group], 0, 0, 0.7, 0, SEED, pull, 0, 0)
     with device.host():
         host_work = ops.NativeAdamW([host], 1)
         host_work.step(
-            host_work.gather([grad]), [GROUP], [0.5], 0.7, with_norms=False, rounding_seed=SEED
+            host_work.gather([grad]),
+            [GROUP],
+            [0.5],
+            0.7,
+            with_norms=False,
+            rounding_seed=SEED,
+            recadam=recadam,
         )
     for name, expected in tensors_of(host).items():
         assert_same_bits(ours[name].view(expected.shape), expected, name)

@@ -245,6 +245,9 @@ def test_a_gradient_that_does_not_fit(device):
         ({"moment_dtypes": [0, 2]}, "float16"),
         ({"param_dtypes": [0, 9]}, "dtype code 9"),
         ({"steps": [0]}, "steps has 1 entries, expected 2"),
+        ({"anchors": [0]}, "anchors has 1 entries, expected 2"),
+        ({"anchors": [0, 0]}, "anchor_dtypes has 0 entries, expected 2"),
+        ({"anchors": [0, 0], "anchor_dtypes": [0, 2]}, "anchors of tensor 1 are float16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -264,6 +267,8 @@ def test_lists_that_do_not_fit(device, change, message):
         "groups": zeros,
         "tensor_ids": zeros,
         "first_elements": zeros,
+        "anchors": [],
+        "anchor_dtypes": [],
     }
     device.core.CudaAdamWWork(**work)
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("sanitized_cases.py")
 
 
-@pytest.mark.parametrize("case", ["steps", "many", "norms"])
+@pytest.mark.parametrize("case", ["steps", "anchors", "many", "norms"])
 def test_clean(case):
     done = emulator_build.run_sanitized(SCRIPT, emulator_build.build(sanitize=True), case)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -19,6 +19,7 @@ FILES = (
     *("test_torch_optimizer_suite.py", "test_torch_optimizer_suite_hooks.py"),
     *("test_torch_optimizer_suite_state.py", "test_torch_optimizer_suite_training.py"),
     *("test_optim.py", "test_optim_plan.py", "test_optim_state.py", "test_optim_precision.py"),
+    *("test_recadam.py", "test_recadam_state.py"),
 )
 ON_PURPOSE = "not test_refused_options and not (leave_everything_as_it_was and first and skip)"
 
