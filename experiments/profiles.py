@@ -8,7 +8,8 @@ goes on where it was), and hands over to `profiles_report` for tables and charts
     python experiments/profiles.py --world english --seeds 0 1 --short-tokens 1 --batch-size 2 \
         --model SmolLM2-135M-Instruct.Q4_1.gguf --data data \
         --output experiments/results/profiles-english
-    python experiments/profiles.py --world toy --seeds 0 1 2 3 4 --short-tokens 1 --bases RUN/bases \
+    python experiments/profiles.py --world toy --seeds 0 1 2 3 4 --short-tokens 1 \
+        --bases RUN/bases \
         --output experiments/results/profiles-toy
     python experiments/profiles.py --summarize --output experiments/results/profiles-real
 """

@@ -16,6 +16,7 @@ from gradloc.policies import (
     AllLayers,
     Complement,
     RandomLayers,
+    RandomLike,
     Retrace,
     TracedGradientPolicy,
     needs_profile,
@@ -292,6 +293,54 @@ def test_complement_of_everything_is_refused():
         Complement(AllLayers())(SimpleNamespace(names=NAMES))
     with pytest.raises(ValueError, match="not callable"):
         Complement("mean")
+
+
+DEEP = SimpleNamespace(
+    names=("wte", *(f"h.{n}.{part}" for n in range(6) for part in ("attn", "mlp")), "ln_f")
+)
+
+
+def chosen_by_hand(*active):
+    def policy(source, step=0):
+        return LayerPlan({name: float(name in active) for name in source.names}, policy="by hand")
+
+    policy.needs_profile = False
+    return policy
+
+
+def test_random_like_trains_as_many_and_leaves_what_stands_alone():
+    inner = chosen_by_hand("wte", "h.0.attn", "h.0.mlp", "h.1.attn", "h.5.mlp")
+    seen = set()
+    for seed in range(200):
+        plan = RandomLike(inner, seed=seed)(DEEP)
+        assert set(plan.scales.values()) == {0.0, 1.0}
+        assert tuple(plan.scales) == DEEP.names
+        assert len(plan.active) == 5
+        assert "wte" in plan.active
+        assert "ln_f" not in plan.active
+        seen.update(plan.active)
+    assert seen == set(DEEP.names) - {"ln_f"}
+    without = RandomLike(chosen_by_hand("h.0.attn", "ln_f"), seed=1)(DEEP)
+    assert len(without.active) == 2
+    assert "ln_f" in without.active
+
+
+def test_random_like_draws_by_seed_and_step():
+    policy = RandomLike(chosen_by_hand("h.0.attn", "h.1.attn", "h.2.attn"), seed=3)
+    assert policy(DEEP) == policy(DEEP)
+    assert policy(DEEP).active != policy(DEEP, step=10).active
+    assert len({RandomLike(policy.policy, seed=s)(DEEP).active for s in range(20)}) > 15
+    assert not needs_profile(policy)
+    assert retrace_every(policy) is None
+    assert retrace_every(RandomLike(Retrace(policy, every=7))) == 7
+    assert needs_profile(RandomLike(TracedGradientPolicy()))
+
+
+def test_random_like_has_no_control_for_scales():
+    with pytest.raises(ValueError, match="scales 0 and 1"):
+        RandomLike(TracedGradientPolicy(mode="scale"))(PROFILE)
+    with pytest.raises(ValueError, match="not callable"):
+        RandomLike("mean")
 
 
 def test_a_policy_in_five_lines():

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from gradloc.layers import LayerMap
 from gradloc.plan import LayerPlan
-from gradloc.policies import AllLayers, Complement, Policy, RandomLayers, TracedGradientPolicy
+from gradloc.policies import (
+    AllLayers,
+    Complement,
+    Policy,
+    RandomLayers,
+    RandomLike,
+    TracedGradientPolicy,
+)
 from gradloc.profile import GradientProfile
 
 if TYPE_CHECKING:
@@ -61,8 +68,10 @@ def _policy(localize: Localize, profile: GradientProfile, seed: int, reference_l
             return traced("scale", normaliser=localize.normaliser)
         case "random" if localize.share is not None:
             return RandomLayers(share=localize.share, seed=seed)
+        case "random" if localize.k is not None:
+            return RandomLayers(count=localize.k, seed=seed)
         case "random":
-            return RandomLayers(count=count(), seed=seed)
+            return RandomLike(traced("freeze", localize.threshold), seed=seed)
         case "top-k":
             return traced("freeze", ("top_k", count()))
         case "bottom-k":

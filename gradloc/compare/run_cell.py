@@ -7,8 +7,10 @@ interpolation weight on the validation probes, cost no training tokens and are c
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from gradloc.training.config import TrainConfig
 from gradloc.training.corpus import pack_documents
 from gradloc.training.interpolation import choose_alpha, weights_of
 from gradloc.training.lora import add_lora, merge_lora
-from gradloc.training.mixing import MixedRows, Replay, mixed_rows
+from gradloc.training.mixing import MixedRows, MixReview, Replay, mixed_rows
 from gradloc.training.self_replay import SelfReplay, generate_replay
 from gradloc.training.slow_weights import SlowWeightsCallback
 from gradloc.training.train import TrainResult, train
@@ -72,6 +74,8 @@ def run_cell(
     model, _ = load_model(study.model_folder)
     model.to(work_device())
     if torch.cuda.is_available():
+        gc.collect()  # of the cell before this one
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     layers = LayerMap.from_model(model)
     plan = choose_plan(cell, study.profile, layers, reference_loss=config.trace.reference_loss)
@@ -87,12 +91,11 @@ def run_cell(
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
+    peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     note("scoring")
     scoring = time.perf_counter()
     scores, validation, alpha = _scored(config, study, model, base)
     now = time.perf_counter()
-    active = set(plan.active)
-    num_elements = {layer.name: layer.num_elements for layer in layers}
     tokens_a_row = config.training.block_size
     tokens = {
         "new": data.rows.num_new_rows * tokens_a_row,
@@ -113,10 +116,12 @@ def run_cell(
         "validation": validation,
         "alpha": alpha,
         "tokens": {**tokens, "total": sum(tokens.values()), "budget": config.budget_tokens},
+        "epochs": [[epoch.num_new, epoch.num_keep] for epoch in data.rows.epochs],
         "num_steps": result.num_steps,
         "num_skipped_steps": result.num_skipped_steps,
         "seconds": {
-            "train": round(watch.seconds, 3),
+            "train": round(sum(watch.step_seconds), 3),
+            "step": round(statistics.median(watch.step_seconds), 4),
             "trace": data.trace_seconds,
             "generate": round(data.generate_seconds, 3),
             "score": round(now - scoring, 3),
@@ -126,12 +131,11 @@ def run_cell(
             "optimizer_bytes": result.optimizer_bytes,
             "extra_bytes": extra_bytes,
             "gradient_bytes": watch.gradient_bytes,
-            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "peak_bytes": peak_bytes,
         },
         "losses": watch.losses,
         "plan": dict(plan.scales),
-        "share_of_parameters": sum(num_elements[name] for name in active)
-        / sum(num_elements.values()),
+        "share_of_parameters": watch.num_trained / sum(layer.num_elements for layer in layers),
         "machine": machine(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -153,11 +157,14 @@ def _data(
     cell: Cell, config: CompareConfig, study: Study, model: torch.nn.Module, note: Note
 ) -> _Data:
     training, method = config.training, cell.method
-    traces = method.localize.traced
-    left = config.budget_tokens - (study.trace_tokens if traces else 0)
+    reference = method.localize.reference_loss or config.trace.reference_loss
+    trace_tokens = study.trace_tokens[reference] if method.localize.traced else 0
+    left = config.budget_tokens - trace_tokens
     new = pack_documents(study.material.new, study.tokenizer, block_size=training.block_size)
     mix, documents = method.mix, study.material.keep
     generated_tokens, generate_seconds = 0, 0.0
+    if isinstance(mix, SelfReplay) and mix.ratio == 0:
+        mix = None
     if isinstance(mix, SelfReplay):
         note("generating its own replay")
         started = time.perf_counter()
@@ -175,7 +182,7 @@ def _data(
             seed=cell.seed,
         )
         documents, mix = generated.documents, Replay(mix.ratio)
-        generated_tokens = generated.num_generated_tokens
+        generated_tokens = generated.num_generated_tokens + generated.num_prompt_tokens
         generate_seconds = time.perf_counter() - started
         left -= generated_tokens
     tokens_a_step = training.batch_size * training.block_size
@@ -190,11 +197,17 @@ def _data(
     if mix is not None and documents:
         keep = pack_documents(documents, study.tokenizer, block_size=training.block_size)
     rows = mixed_rows(new, keep, mix=mix, num_rows=num_steps * training.batch_size, seed=cell.seed)
+    if isinstance(mix, MixReview) and mix.ratio and mix.decay < 1 and len(rows.epochs) == 1:
+        raise ValueError(
+            f"{cell.name}: the budget ends within the first epoch of Mix-review ({len(new)} new "
+            f"rows with {mix.num_keep(0, len(new))} old ones; {len(rows)} rows are trained on), so "
+            "its decay would never act: use a smaller new corpus, or a larger budget"
+        )
     return _Data(
         rows=rows,
         num_steps=num_steps,
-        trace_tokens=study.trace_tokens if traces else 0,
-        trace_seconds=study.trace_seconds if traces else 0.0,
+        trace_tokens=trace_tokens,
+        trace_seconds=study.trace_seconds[reference] if method.localize.traced else 0.0,
         generated_tokens=generated_tokens,
         generate_seconds=generate_seconds,
     )
@@ -212,10 +225,9 @@ def _trained(
 ) -> tuple[torch.nn.Module, TrainResult, int]:
     """The trained model, and the bytes that the method holds beside the optimizer's state."""
     training, method = config.training, cell.method
-    callbacks: list[Any] = [watch]
     slow = None if method.slow_weights is None else SlowWeightsCallback(method.slow_weights)
-    if slow is not None:
-        callbacks.append(slow)
+    # The watch is last: what slow weights cost is a part of a step.
+    callbacks = [watch] if slow is None else [slow, watch]
     if method.lora is not None:
         adapted = add_lora(model, method.lora, plan, layers, seed=cell.seed)
         model, layers, plan = adapted.model, adapted.layers, adapted.plan

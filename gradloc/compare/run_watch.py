@@ -25,12 +25,14 @@ class RunWatch(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         self._on_step = on_step
         self._num_steps = num_steps
         self._began = 0.0
-        self.seconds = 0.0
-        """Of the steps, without loading and scoring."""
+        self.step_seconds: list[float] = []
+        """Of each step, without loading and scoring."""
         self.losses: list[tuple[int, float | None]] = []
         """(step, mean training loss since the line before, in nats a token; None: not finite)."""
+        self.num_trained = 0
+        """Elements of the parameters that have gradients."""
         self.gradient_bytes = 0
-        """Of all gradients of the last step."""
+        """Of these gradients."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -38,10 +40,10 @@ class RunWatch(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
-        self.seconds += time.perf_counter() - self._began
-        self.gradient_bytes = sum(
-            p.numel() * p.element_size() for p in kwargs["model"].parameters() if p.requires_grad
-        )
+        self.step_seconds.append(time.perf_counter() - self._began)
+        trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        self.num_trained = sum(p.numel() for p in trained)
+        self.gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
         self._on_step(state.global_step, self._num_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

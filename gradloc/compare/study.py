@@ -22,7 +22,7 @@ from gradloc.compare.grid import base_key
 from gradloc.compare.machine import machine, work_device
 from gradloc.compare.material import LEARN_KINDS, Material, read_material, write_material
 from gradloc.compare.scoring import Scorer
-from gradloc.files import read_json, replacing_folder, write_json
+from gradloc.files import read_json, remove_leftovers, replacing_folder, write_json
 from gradloc.layers import LayerMap
 from gradloc.measurement import REFERENCE_LOSSES
 from gradloc.models import load_model
@@ -51,9 +51,9 @@ class Study:
         tokenizer: its tokenizer.
         material: texts and probes.
         profile: of the base model, against both references.
-        trace_tokens: tokens that a trace against one reference sends through the model, padding
+        trace_tokens: reference -> tokens that a trace against it sends through the model, padding
             included: each counts as a training token, as each takes a forward and a backward pass.
-        trace_seconds: how long that takes.
+        trace_seconds: reference -> how long that takes.
     """
 
     folder: Path
@@ -61,8 +61,8 @@ class Study:
     tokenizer: Any
     material: Material
     profile: GradientProfile
-    trace_tokens: int
-    trace_seconds: float
+    trace_tokens: Mapping[str, int]
+    trace_seconds: Mapping[str, float]
 
 
 def check_world(kind: str, options: Mapping[str, Any]) -> None:
@@ -72,6 +72,24 @@ def check_world(kind: str, options: Mapping[str, Any]) -> None:
         ValueError: an unknown world or option, or a value out of range.
     """
     _world(kind).check(options)
+
+
+def check_places(
+    kind: str, options: Mapping[str, Any], places: Mapping[str, str], *, folder: Path
+) -> None:
+    """Check, before anything is made, that a world finds what it needs.
+
+    Args:
+        kind: the world's name.
+        options: its options, as `check_world` takes them.
+        places: "model", "data" -> where they lie on this machine.
+        folder: RUN, which may not be there yet.
+
+    Raises:
+        ValueError: a place is not given, or RUN was made with another model.
+        OSError: nothing is there.
+    """
+    _world(kind).check_places(options, places, shared=_shared_folder(folder))
 
 
 def prepare(
@@ -103,6 +121,7 @@ def prepare(
     """
     target = base_folder(folder, seed)
     with _locked(folder / "locks" / f"base-{seed}"):
+        remove_leftovers(target)
         if not (target / "base.json").is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing_folder(target) as temporary:
@@ -122,7 +141,12 @@ def open_study(config: CompareConfig, seed: int, folder: Path) -> Study:
 
 def base_folder(folder: Path, seed: int) -> Path:
     """Where the base of a seed lies in RUN."""
-    return folder / "bases" / f"seed-{seed}"
+    return _shared_folder(folder) / f"seed-{seed}"
+
+
+def _shared_folder(folder: Path) -> Path:
+    """Where a world may keep what its seeds have in common."""
+    return folder / "bases"
 
 
 @functools.lru_cache(maxsize=2)
@@ -155,7 +179,7 @@ def _make(
     world = _world(config.world.kind)
     started = time.perf_counter()
     made = world.make(
-        config.world.options, seed, target, shared=folder / "bases", places=places,
+        config.world.options, seed, target, shared=_shared_folder(folder), places=places,
         block_size=config.training.block_size, on_step=on_step, note=note,
     )  # fmt: skip
     write_material(target, made.material)
@@ -182,7 +206,7 @@ def _make(
     content = {
         "model": made.model,
         "trace_tokens": tokens,
-        "trace_seconds": round(seconds, 3),
+        "trace_seconds": seconds,
         "record": record,
     }
     write_json(target / "base.json", content, schema=_SCHEMA, version=_VERSION)
@@ -190,8 +214,8 @@ def _make(
 
 def _trace(
     config: CompareConfig, seed: int, model: torch.nn.Module, tokenizer: Any, material: Material
-) -> tuple[GradientProfile, int, float]:
-    """Trace against both references; and the tokens and seconds that one of them takes."""
+) -> tuple[GradientProfile, dict[str, int], dict[str, float]]:
+    """Trace against both references; and the tokens and seconds that each of them takes."""
     trace, block_size = config.trace, config.training.block_size
     layers = LayerMap.from_model(model)
     by_kind = {
@@ -230,14 +254,19 @@ def _trace(
         progress=False,
     )
     elapsed = time.perf_counter() - started
-    # One reference is enough for a method: it is charged the probes' passes and those of one.
-    tokens = num_probe_tokens + num_reference_tokens
-    share = tokens / (num_probe_tokens + len(REFERENCE_LOSSES) * num_reference_tokens)
-    return profile, tokens, share * elapsed
+    # Every kind has matched spans of its own, so that reference is read once a kind.
+    num_readings = {"all": 1, "matched-spans": len(probes)}
+    tokens = {
+        loss: num_probe_tokens + num_readings[loss] * num_reference_tokens
+        for loss in REFERENCE_LOSSES
+    }
+    per_token = elapsed / (num_probe_tokens + sum(num_readings.values()) * num_reference_tokens)
+    seconds = {loss: round(per_token * tokens[loss], 3) for loss in REFERENCE_LOSSES}
+    return profile, tokens, seconds
 
 
 def _world(kind: str) -> Any:
-    """The module of a world: it has `check(options)` and `make(...)`, which gives a `MadeWorld`."""
+    """The module of a world: `check`, `check_places`, and `make`, which gives a `MadeWorld`."""
     if kind == "toy":
         from gradloc.compare import toy_world
 

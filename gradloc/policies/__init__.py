@@ -4,6 +4,7 @@ from gradloc.policies.all_layers import AllLayers
 from gradloc.policies.complement import Complement
 from gradloc.policies.policy import LayerNames, Policy, needs_profile, retrace_every
 from gradloc.policies.random_layers import RandomLayers
+from gradloc.policies.random_like import RandomLike
 from gradloc.policies.retrace import Retrace
 from gradloc.policies.traced import TracedGradientPolicy
 
@@ -13,6 +14,7 @@ __all__ = [
     "LayerNames",
     "Policy",
     "RandomLayers",
+    "RandomLike",
     "Retrace",
     "TracedGradientPolicy",
     "needs_profile",

@@ -57,13 +57,15 @@ class GeneratedText:
     Args:
         documents: the texts, prompts included, without special tokens; none is blank.
         num_tokens: tokens that packing makes of them, an end-of-sequence token each included.
-        num_generated_tokens: tokens that the model produced, also for what was dropped; prompts are
-            not counted. It is what the documents have cost.
+        num_generated_tokens: tokens that the model produced, also for what was dropped.
+        num_prompt_tokens: tokens that it read before: beginnings and prompts. The two together are
+            what the documents have cost.
     """
 
     documents: tuple[str, ...]
     num_tokens: int
     num_generated_tokens: int
+    num_prompt_tokens: int
 
 
 def generate_replay(
@@ -139,6 +141,7 @@ def generate_replay(
         documents=tuple(text for part in done for text in part.documents),
         num_tokens=sum(part.num_tokens for part in done),
         num_generated_tokens=sum(part.num_generated_tokens for part in done),
+        num_prompt_tokens=sum(part.num_prompt_tokens for part in done),
     )
 
 
@@ -153,7 +156,7 @@ def _sample_until(
 ) -> GeneratedText:
     """Documents of `wanted` tokens at least; each sequence goes on from the next beginning."""
     documents: list[str] = []
-    kept = generated = num_rows = empty = 0
+    kept = generated = read = num_rows = empty = 0
     while kept < wanted:
         # As many rows as are still needed by the mean so far: what is generated beyond that is
         # paid for too.
@@ -164,6 +167,7 @@ def _sample_until(
         texts = []
         for beginning, ids in zip(rows, _continue(model, tokenizer, rows, block_size), strict=True):
             generated += len(ids)
+            read += len(beginning)
             if _text(tokenizer, ids).strip():
                 # Together, as tokenizers decode a first token otherwise than one inside a text.
                 texts.append(_text(tokenizer, [*beginning[num_start:], *ids]))
@@ -178,7 +182,10 @@ def _sample_until(
                 "with this tokenizer, or give real old data"
             )
     return GeneratedText(
-        documents=tuple(documents), num_tokens=kept, num_generated_tokens=generated
+        documents=tuple(documents),
+        num_tokens=kept,
+        num_generated_tokens=generated,
+        num_prompt_tokens=read,
     )
 
 

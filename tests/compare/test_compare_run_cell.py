@@ -10,10 +10,11 @@ from gradloc.compare.config_file import config_from
 from gradloc.compare.grid import cells
 from gradloc.compare.run_cell import run_cell
 from gradloc.compare.study import base_folder, open_study, prepare
+from gradloc.probes import probe_batches
 
 CONFIG = """
 world: {kind: toy, num_entities: 8, num_new_entities: 4, num_objects: 4, old_tokens: 12000,
-        new_tokens: 4000, keep_tokens: 3000, text_documents: 12, width: 32, num_blocks: 2,
+        new_tokens: 1500, keep_tokens: 3000, text_documents: 12, width: 32, num_blocks: 2,
         num_heads: 2, base_steps: 12, check_every: 6, required: 0.0}
 budget_tokens: 6000
 seeds: [0]
@@ -34,6 +35,7 @@ methods:
   slow: {slow_weights: {every: 2, strength: 0.5}}
   lora: {lora: {rank: 2}}
   tgl-fp: {localize: freeze}
+  tgl-fp-all: {localize: {policy: freeze, reference_loss: all}}
   tgl-alr: {localize: scale}
   random: {localize: random, draws: 2}
   complement: {localize: complement}
@@ -101,7 +103,19 @@ def test_the_weight_is_that_which_validation_likes(record):
         assert f"{one['alpha']:g}" == min(total, key=total.__getitem__)
 
 
-def test_every_pass_is_charged(record, config):
+def probe_tokens(config, folder):
+    """Tokens of the probes that are traced, padding included."""
+    study = open_study(config, 0, folder)
+    total = 0
+    for kind in ("updated", "new"):
+        probes = [probe for probe in study.material.trace if probe.kind == kind][:8]
+        assert len(probes) == 8
+        batches = probe_batches(probes, study.tokenizer, batch_size=4, max_length=32)
+        total += sum(batch["input_ids"].numel() for batch in batches)
+    return total
+
+
+def test_every_pass_is_charged(record, config, folder):
     block = config.training.block_size
     step = block * config.training.batch_size
     for name in ("vanilla", "replay", "self-replay", "tgl-fp", "random"):
@@ -116,7 +130,10 @@ def test_every_pass_is_charged(record, config):
     assert record("self-replay")["tokens"]["generate"] > 0
     assert record("self-replay")["tokens"]["keep"] > 0
     assert record("vanilla")["tokens"]["trace"] == 0
-    assert record("tgl-fp")["tokens"]["trace"] > 0
+    # 8 blocks of reference are read once for each of two kinds' matched spans.
+    probes = probe_tokens(config, folder)
+    assert record("tgl-fp")["tokens"]["trace"] == probes + 2 * 8 * block
+    assert record("tgl-fp-all")["tokens"]["trace"] == probes + 8 * block
     assert record("tgl-fp")["num_steps"] <= record("vanilla")["num_steps"]
 
 
@@ -148,6 +165,31 @@ def test_memory_is_told(record):
     assert recadam["optimizer_bytes"] == pytest.approx(1.5 * vanilla["optimizer_bytes"], rel=0.01)
     assert slow["extra_bytes"] == vanilla["gradient_bytes"]
     assert lora["gradient_bytes"] < vanilla["gradient_bytes"] / 4
+
+
+def test_the_share_of_weights_is_that_which_trains(record):
+    assert record("vanilla")["share_of_parameters"] == 1
+    assert record("lora")["share_of_parameters"] < 0.2
+    for name in ("tgl-fp", "complement"):
+        assert 0 < record(name)["share_of_parameters"] < 1
+    both = [record(name)["share_of_parameters"] for name in ("tgl-fp", "complement")]
+    assert sum(both) == pytest.approx(1)
+
+
+def test_mix_review_mixes_in_less_by_the_epoch(record):
+    epochs = record("mix-review")["epochs"]
+    assert len(epochs) > 2
+    # The last one is cut short by the budget.
+    assert epochs[1][1] == round(epochs[0][1] / 2)
+    assert sum(new for new, _ in epochs) * 32 == record("mix-review")["tokens"]["new"]
+
+
+def test_a_decay_that_never_acts_is_refused(config, folder):
+    body = yaml.safe_load(CONFIG)
+    body["methods"] = {"mix-review": {"mix_review": {"ratio": 20, "decay": 0.5}}}
+    lavish = config_from(body)
+    with pytest.raises(ValueError, match="decay would never act"):
+        run_cell(cells(lavish)[0], lavish, folder, **ASIDE)
 
 
 def test_a_record_is_plain_json(record):

@@ -137,9 +137,10 @@ def test_documents_end_at_eos_and_empty_ones_are_dropped_but_paid_for(gpt2, toke
     # One token in three is the end: many documents end at once.
     model = with_constant_logits(gpt2, **{f"t{eos}": float(np.log(len(tokenizer) / 2))})
     made = generate(model, tokenizer, num_tokens=200, prompts=["The"])
-    generated = num_rows = num_empty = 0
+    generated = read = num_rows = num_empty = 0
     for rows, outputs in calls:
         length = max(map(len, rows))
+        read += sum(map(len, rows))
         for output in outputs:
             ids = output[length:]
             end = ids.index(eos) + 1 if eos in ids else len(ids)
@@ -147,6 +148,7 @@ def test_documents_end_at_eos_and_empty_ones_are_dropped_but_paid_for(gpt2, toke
             num_rows += 1
             num_empty += not tokenizer.decode(ids[: end - (eos in ids)]).strip()
     assert made.num_generated_tokens == generated
+    assert made.num_prompt_tokens == read
     assert num_empty > 5
     assert len(made.documents) == num_rows - num_empty
     assert all(text.strip() and "<eos>" not in text for text in made.documents)
