@@ -127,7 +127,7 @@ def parse_report(report: str) -> list[Row]:
 
 
 def readable(mangled: str) -> str:
-    """`adamw_kernel<false, true, 416>` for the name that a linker sees."""
+    """`adamw_kernel<false, true, false, 416>` for the name that a linker sees."""
     match = re.search(r"\d+([a-z_]+_kernel)I((?:L[a-z]+\d+E)+)E", mangled)
     if match is None:
         return mangled
@@ -136,11 +136,18 @@ def readable(mangled: str) -> str:
     return f"{match[1]}<{', '.join(words)}>"
 
 
-def num_streams(kernel: str) -> int:
-    """Arrays that a kernel reads: the gradients; with parameter and two or three moments."""
+def num_streams(kernel: str) -> tuple[int, int]:
+    """Arrays that a kernel reads, and those of them that it writes.
+
+    The gradients; with parameter and two or three moments. With anchors, of which the kernel takes
+    amsgrad's third moment as well: what it does without that.
+    """
     if kernel.startswith("norms"):
-        return 1
-    return 5 if kernel.startswith("adamw_kernel<true") else 4
+        return 1, 0
+    amsgrad, _, anchored, _ = kernel.partition("<")[2].split(", ")
+    if anchored == "true":
+        return 5, 3
+    return (5, 4) if amsgrad == "true" else (4, 3)
 
 
 def fast_turns(name: str, kernel: Kernel) -> dict[str, Turn]:
@@ -149,8 +156,8 @@ def fast_turns(name: str, kernel: Kernel) -> dict[str, Turn]:
     Raises:
         RuntimeError: there is no way round the loop with 16-byte accesses alone.
     """
-    turns, streams = kernel.turns(), num_streams(name)
-    if streams == 1:
+    turns, (loaded, stored) = kernel.turns(), num_streams(name)
+    if stored == 0:
         # The cheapest two of the ways leave float32 and bfloat16 as is, or shift it into place.
         # float16 has to be converted.
         key = (NORM_LOADS, 0)
@@ -159,7 +166,7 @@ def fast_turns(name: str, kernel: Kernel) -> dict[str, Turn]:
         return {"float32": turns[key][0], "bfloat16": turns[key][1]}
     found = {}
     for dtype, accesses in (("float32", 2), ("bfloat16", 1)):  # of 16 bytes for 8 elements
-        key = (accesses * streams, accesses * (streams - 1))
+        key = (accesses * loaded, accesses * stored)
         if key not in turns:
             raise RuntimeError(
                 f"{name}: no way round the loop with {key[0]} loads and {key[1]} stores "
@@ -222,8 +229,9 @@ def markdown(rows: Sequence[Row], version: str) -> str:
         "# What each kernel takes of a multiprocessor",
         "",
         f"Compiled with nvcc {version} by `python bench/kernel_resources.py`; nothing here was run "
-        "on a card. Template arguments: `adamw_kernel<amsgrad, stochastic rounding, gradient "
-        "addresses in the parameters>`, `norms_kernel<gradient addresses in the parameters>`.",
+        "on a card. Template arguments: `adamw_kernel<amsgrad, stochastic rounding, anchors, "
+        "gradient addresses in the parameters>`, `norms_kernel<gradient addresses in the "
+        "parameters>`.",
         "",
         "*Spills*: bytes of stores / loads. *Resident*: threads that fit on a multiprocessor at "
         "once, of those that it can hold. *Needed*: threads that must wait for memory at once so "

@@ -187,7 +187,7 @@ def fits(device: Device, model: str, dtype: str) -> bool:
 
 def compile_loops(nvcc: str) -> dict[int, dict[tuple[str, str], Loop]]:
     """The loops of norms and of a plain step, by architecture, then (operation, dtype)."""
-    names = {"norms_kernel<416>": "norms", "adamw_kernel<false, false, 416>": "step"}
+    names = {"norms_kernel<416>": "norms", "adamw_kernel<false, false, false, 416>": "step"}
     rows = [row for row in compile_resources(nvcc) if row["kernel"] in names]
     ptx = compile_ptx(nvcc, 90)
     loops: dict[int, dict[tuple[str, str], Loop]] = {}

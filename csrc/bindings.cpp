@@ -68,13 +68,15 @@ struct AdamWWork {
             const std::vector<int32_t>& moment_dtypes, const Addresses& exp_avgs,
             const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs, const Addresses& steps,
             std::vector<int32_t> groups, std::vector<int64_t> tensor_ids,
-            std::vector<int64_t> first_elements)
+            std::vector<int64_t> first_elements, const Addresses& anchors,
+            const std::vector<int32_t>& anchor_dtypes)
       : work(std::move(sizes), std::move(layers), num_layers),
-        tensors{pointers<void>(params),      dtypes(param_dtypes),
-                dtypes(moment_dtypes),       pointers<void>(exp_avgs),
-                pointers<void>(exp_avg_sqs), pointers<void>(max_exp_avg_sqs),
-                pointers<float>(steps),      std::move(groups),
-                std::move(tensor_ids),       std::move(first_elements)} {
+        tensors{pointers<void>(params),        dtypes(param_dtypes),
+                dtypes(moment_dtypes),         pointers<void>(exp_avgs),
+                pointers<void>(exp_avg_sqs),   pointers<void>(max_exp_avg_sqs),
+                pointers<float>(steps),        std::move(groups),
+                std::move(tensor_ids),         std::move(first_elements),
+                pointers<const void>(anchors), dtypes(anchor_dtypes)} {
     const size_t n = work.num_tensors();
     check_length("params", params.size(), n);
     check_length("param_dtypes", param_dtypes.size(), n);
@@ -86,12 +88,16 @@ struct AdamWWork {
     check_length("groups", tensors.groups.size(), n);
     check_length("tensor_ids", tensors.tensor_ids.size(), n);
     check_length("first_elements", tensors.first_elements.size(), n);
-    for (size_t i = 0; i < n; ++i) gradloc::check_moment_dtype(tensors.moment_dtypes[i], i);
+    check_length("anchors", anchors.size(), anchors.empty() ? 0 : n);
+    check_length("anchor_dtypes", anchor_dtypes.size(), anchors.size());
+    gradloc::check_state_dtypes("moments", tensors.moment_dtypes);
+    gradloc::check_state_dtypes("anchors", tensors.anchor_dtypes);
   }
 
   void step(const PyGradients& grads, const std::vector<GroupTuple>& group_tuples,
             const std::vector<double>& scales, double clip_coef, uintptr_t norm_sq_out,
-            std::optional<uint64_t> rounding_seed, int num_threads) {
+            std::optional<uint64_t> rounding_seed,
+            const std::optional<gradloc::RecAdamTuple>& recadam_tuple, int num_threads) {
     check_length("grads", grads.list.data.size(), work.num_tensors());
     check_length("scales", scales.size(), static_cast<size_t>(work.num_layers));
     std::vector<gradloc::AdamWGroup> groups;
@@ -103,9 +109,12 @@ struct AdamWWork {
         throw std::invalid_argument("group " + std::to_string(group) + " has no hyperparameters");
       }
     }
+    const std::optional<gradloc::RecAdam> recadam =
+        gradloc::recadam_of(recadam_tuple, !tensors.anchors.empty());
     py::gil_scoped_release release;
     gradloc::cpu::adamw_step(work, tensors, grads.list, groups, scales, clip_coef,
-                             reinterpret_cast<double*>(norm_sq_out), rounding_seed, num_threads);
+                             reinterpret_cast<double*>(norm_sq_out), rounding_seed, recadam,
+                             num_threads);
   }
 };
 
@@ -197,11 +206,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::vector<int64_t>, std::vector<int32_t>, int32_t, const Addresses&,
                     const std::vector<int32_t>&, const std::vector<int32_t>&, const Addresses&,
                     const Addresses&, const Addresses&, const Addresses&, std::vector<int32_t>,
-                    std::vector<int64_t>, std::vector<int64_t>>(),
+                    std::vector<int64_t>, std::vector<int64_t>, const Addresses&,
+                    const std::vector<int32_t>&>(),
            py::arg("sizes"), py::arg("layers"), py::arg("num_layers"), py::arg("params"),
            py::arg("param_dtypes"), py::arg("moment_dtypes"), py::arg("exp_avgs"),
            py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("groups"),
-           py::arg("tensor_ids"), py::arg("first_elements"))
+           py::arg("tensor_ids"), py::arg("first_elements"), py::arg("anchors"),
+           py::arg("anchor_dtypes"))
       .def(
           "norm_sq",
           [](AdamWWork& self, const PyGradients& grads, uintptr_t out, int num_threads) {
@@ -211,9 +222,10 @@ PYBIND11_MODULE(_C, m) {
           "Sums of squares by layer into `out`, float64 [num_layers].")
       .def("step", &AdamWWork::step, py::arg("grads"), py::arg("groups"), py::arg("scales"),
            py::arg("clip_coef"), py::arg("norm_sq_out"), py::arg("rounding_seed"),
-           py::arg("num_threads"),
+           py::arg("recadam"), py::arg("num_threads"),
            "One AdamW step; `norm_sq_out` is 0 or the address of float64 [num_layers]. With a "
-           "seed, bfloat16 storage is rounded stochastically.");
+           "seed, bfloat16 storage is rounded stochastically. `recadam`: gamma, k, t0, anneal "
+           "code, where there are anchors.");
 
 #ifdef GRADLOC_CUDA
   gradloc::register_cuda(m);

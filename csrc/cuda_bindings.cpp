@@ -104,7 +104,7 @@ std::vector<GroupEntry> group_entries(const std::vector<GroupTuple>& tuples) {
 struct CudaAdamWWork : CudaWork {
   std::vector<TensorEntry> tensors;
   int32_t num_groups = 0;
-  bool amsgrad = false;
+  bool amsgrad = false, anchored = false;
 
   void write_tables(uintptr_t out, const PyGradients& grads, const std::vector<double>& scales) {
     check_length("scales", scales.size(), static_cast<size_t>(host.num_layers()));
@@ -114,7 +114,8 @@ struct CudaAdamWWork : CudaWork {
 
   void step(const Place& place, const PyGradients& grads, uintptr_t grad_table,
             const std::vector<GroupTuple>& group_tuples, uintptr_t group_table, uintptr_t control,
-            double grad_coef, uintptr_t norm_sq_out, std::optional<uint64_t> rounding_seed) const {
+            double grad_coef, uintptr_t norm_sq_out, std::optional<uint64_t> rounding_seed,
+            const std::optional<RecAdamTuple>& recadam) const {
     const GradAddresses list = addresses(grads, grad_table);
     const std::vector<GroupEntry> groups = group_entries(group_tuples);
     if (groups.size() < static_cast<size_t>(num_groups)) {
@@ -128,7 +129,7 @@ struct CudaAdamWWork : CudaWork {
     const cuda::StepOptions options = {
         groups,    at<const GroupEntry>(group_table), at<const Control>(control),
         grad_coef, at<double>(norm_sq_out),           rounding_seed,
-        amsgrad};
+        amsgrad,   recadam_of(recadam, anchored)};
     py::gil_scoped_release release;
     cuda::adamw_step(host.at(at<char>(place.tables)), host.scratch_at(at<char>(place.scratch)),
                      options, list, place.target);
@@ -142,7 +143,8 @@ CudaAdamWWork make_adamw_work(const std::vector<int64_t>& sizes, const std::vect
                               const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs,
                               const Addresses& steps, const std::vector<int32_t>& groups,
                               const std::vector<int64_t>& tensor_ids,
-                              const std::vector<int64_t>& first_elements) {
+                              const std::vector<int64_t>& first_elements, const Addresses& anchors,
+                              const std::vector<int32_t>& anchor_dtypes) {
   CudaAdamWWork work{{HostTables(sizes, layers, num_layers), dtypes(param_dtypes)}, {}};
   const size_t n = work.host.num_tensors();
   check_length("params", params.size(), n);
@@ -155,15 +157,22 @@ CudaAdamWWork make_adamw_work(const std::vector<int64_t>& sizes, const std::vect
   check_length("groups", groups.size(), n);
   check_length("tensor_ids", tensor_ids.size(), n);
   check_length("first_elements", first_elements.size(), n);
-  const std::vector<DType> of_params = dtypes(param_dtypes), of_moments = dtypes(moment_dtypes);
+  work.anchored = !anchors.empty();
+  check_length("anchors", anchors.size(), work.anchored ? n : 0);
+  check_length("anchor_dtypes", anchor_dtypes.size(), anchors.size());
+  const std::vector<DType> of_params = dtypes(param_dtypes), of_moments = dtypes(moment_dtypes),
+                           of_anchors = dtypes(anchor_dtypes);
+  check_state_dtypes("moments", of_moments);
+  check_state_dtypes("anchors", of_anchors);
   for (size_t i = 0; i < n; ++i) {
-    check_moment_dtype(of_moments[i], i);
     if (groups[i] < 0) throw std::invalid_argument("a param group's index is negative");
     work.num_groups = std::max(work.num_groups, groups[i] + 1);
     work.amsgrad = work.amsgrad || max_exp_avg_sqs[i] != 0;
     work.tensors.push_back({at<void>(params[i]), at<void>(exp_avgs[i]), at<void>(exp_avg_sqs[i]),
                             at<void>(max_exp_avg_sqs[i]), at<float>(steps[i]), tensor_ids[i],
-                            first_elements[i], groups[i], layers[i], of_params[i], of_moments[i]});
+                            first_elements[i], groups[i], layers[i], of_params[i], of_moments[i],
+                            work.anchored ? of_anchors[i] : DType::kFloat32,
+                            work.anchored ? at<const void>(anchors[i]) : nullptr});
   }
   return work;
 }
@@ -227,7 +236,8 @@ void register_cuda(py::module_& m) {
       .def(py::init(&make_adamw_work), py::arg("sizes"), py::arg("layers"), py::arg("num_layers"),
            py::arg("params"), py::arg("param_dtypes"), py::arg("moment_dtypes"),
            py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"),
-           py::arg("steps"), py::arg("groups"), py::arg("tensor_ids"), py::arg("first_elements"))
+           py::arg("steps"), py::arg("groups"), py::arg("tensor_ids"), py::arg("first_elements"),
+           py::arg("anchors"), py::arg("anchor_dtypes"))
       .def_property_readonly("table_bytes",
                              [](const CudaAdamWWork& self) { return self.host.table_bytes(); })
       .def_property_readonly("scratch_bytes",
@@ -256,15 +266,18 @@ void register_cuda(py::module_& m) {
           [](const CudaAdamWWork& self, uintptr_t tables, uintptr_t scratch,
              const PyGradients& grads, uintptr_t grad_table, const std::vector<GroupTuple>& groups,
              uintptr_t group_table, uintptr_t control, double grad_coef, uintptr_t norm_sq_out,
-             std::optional<uint64_t> rounding_seed, int device, uintptr_t stream) {
+             std::optional<uint64_t> rounding_seed, const std::optional<RecAdamTuple>& recadam,
+             int device, uintptr_t stream) {
             self.step(place(tables, scratch, device, stream), grads, grad_table, groups,
-                      group_table, control, grad_coef, norm_sq_out, rounding_seed);
+                      group_table, control, grad_coef, norm_sq_out, rounding_seed, recadam);
           },
           py::arg("tables"), py::arg("scratch"), py::arg("grads"), py::arg("grad_table"),
           py::arg("groups"), py::arg("group_table"), py::arg("control"), py::arg("grad_coef"),
-          py::arg("norm_sq_out"), py::arg("rounding_seed"), py::arg("device"), py::arg("stream"),
+          py::arg("norm_sq_out"), py::arg("rounding_seed"), py::arg("recadam"), py::arg("device"),
+          py::arg("stream"),
           "One AdamW step; `norm_sq_out` is 0 or the address of float64 [num_layers]. With a "
-          "seed, bfloat16 storage is rounded stochastically.");
+          "seed, bfloat16 storage is rounded stochastically. `recadam`: gamma, k, t0, anneal code, "
+          "where there are anchors.");
 }
 
 }  // namespace gradloc

@@ -56,6 +56,9 @@ struct AdamWTensors {
   // For stochastic rounding: what tells a tensor from others, and where a shard begins in it.
   std::vector<int64_t> tensor_ids;      // [tensors]
   std::vector<int64_t> first_elements;  // [tensors] position of the first element in the whole
+  // For RecAdam: what the parameters are pulled to, float32 or bfloat16. Empty without it.
+  std::vector<const void*> anchors;  // [tensors]
+  std::vector<DType> anchor_dtypes;  // [tensors]
 };
 
 }  // namespace gradloc

@@ -80,6 +80,8 @@ class AdamWWork:
         groups: Sequence[int],
         tensor_ids: Sequence[int],
         first_elements: Sequence[int],
+        anchors: Sequence[int],
+        anchor_dtypes: Sequence[int],
     ) -> None: ...
     def norm_sq(self, grads: Gradients, out: int, num_threads: int) -> None: ...
     def step(
@@ -90,6 +92,7 @@ class AdamWWork:
         clip_coef: float,
         norm_sq_out: int,
         rounding_seed: int | None,
+        recadam: tuple[float, float, float, int] | None,
         num_threads: int,
     ) -> None: ...
 
@@ -128,6 +131,8 @@ class CudaAdamWWork:
         groups: Sequence[int],
         tensor_ids: Sequence[int],
         first_elements: Sequence[int],
+        anchors: Sequence[int],
+        anchor_dtypes: Sequence[int],
     ) -> None: ...
     @property
     def table_bytes(self) -> int: ...
@@ -162,6 +167,7 @@ class CudaAdamWWork:
         grad_coef: float,
         norm_sq_out: int,
         rounding_seed: int | None,
+        recadam: tuple[float, float, float, int] | None,
         device: int,
         stream: int,
     ) -> None: ...

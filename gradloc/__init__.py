@@ -21,6 +21,7 @@ __all__ = [
     "LayerPlan",
     "LocalizedAdamW",
     "RandomLayers",
+    "RecAdam",
     "Retrace",
     "TracedGradientPolicy",
     "layer_grad_norms",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from gradloc.plan import LayerPlan
     from gradloc.policies import AllLayers, RandomLayers, Retrace, TracedGradientPolicy
     from gradloc.profile import GradientProfile
+    from gradloc.recadam import RecAdam
     from gradloc.trace import trace_gradients
 else:
     # Hidden from type checkers, which would take it to mean that any name exists.
@@ -44,6 +46,7 @@ else:
         "LayerPlan": "plan",
         "LocalizedAdamW": "optim",
         "RandomLayers": "policies",
+        "RecAdam": "recadam",
         "Retrace": "policies",
         "TracedGradientPolicy": "policies",
         "layer_grad_norms": "grad_norms",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradloc import ops, reference
 from gradloc.ops_cuda import Decision
+from gradloc.recadam import RecAdam
 from gradloc.reference import AdamWGroup, Rounding
 
 
@@ -38,11 +39,13 @@ class AdamWWork(Protocol):
         *,
         with_norms: bool,
         rounding_seed: int | None,
+        recadam: RecAdam | None = None,
     ) -> Tensor | None:
         """Update what has a gradient; return the sums of squares by layer if asked.
 
         Gradients are multiplied by `coef`, or by what a control says (a tensor, where `on_device`).
         With a seed, what is stored in bfloat16 is rounded stochastically, else to nearest.
+        `recadam` goes with slots that have anchors.
         """
 
 
@@ -81,6 +84,7 @@ class ReferenceAdamW:
         *,
         with_norms: bool,
         rounding_seed: int | None,
+        recadam: RecAdam | None = None,
     ) -> Tensor | None:
         """Update what has a gradient; return the sums of squares by layer if asked."""
         norm_sq = self.norm_sq(grads) if with_norms else None
@@ -100,6 +104,8 @@ class ReferenceAdamW:
                     lr_scale=scales[slot.layer],
                     clip_coef=coef,
                     rounding=rounding,
+                    anchor=slot.anchor,
+                    recadam=recadam,
                 )
         return norm_sq
 

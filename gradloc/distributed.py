@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradloc.optim import LocalizedAdamW
-from gradloc.optim_state import MOMENTS, ensure_state, moment_dtype
+from gradloc.optim_anchor import ANCHOR, anchor_of, exact_dtype
+from gradloc.optim_state import LIKE_PARAMETER, MOMENTS, ensure_state, moment_dtype
 from gradloc.wording import listed
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def prepare_to_load(
 ) -> str:
     """Give the optimizer zero moments for exactly the parameters that have some in a checkpoint.
 
+    Likewise for RecAdam's anchors, for which the parameters' values serve until they are loaded.
     Call it before torch's `get_state_dict` or `get_optimizer_state_dict`, or with a full state dict
     before `set_optimizer_state_dict`. What the optimizer had before is replaced.
 
@@ -60,13 +62,17 @@ def prepare_to_load(
         param = params[name]
         dtype = moment_dtype(param, optimizer._state_dtype)
         with torch.no_grad():
-            ensure_state(
-                optimizer.state[param],
-                param,
-                dtype,
-                amsgrad=MOMENTS[2] in keys,
-                step_device=torch.device("cpu"),
-            )
+            state = optimizer.state[param]
+            if keys != {ANCHOR}:
+                ensure_state(
+                    state,
+                    param,
+                    dtype,
+                    amsgrad=MOMENTS[2] in keys,
+                    step_device=torch.device("cpu"),
+                )
+            if ANCHOR in keys:  # loading rounds it as the settings say, and these are not known yet
+                state[ANCHOR] = anchor_of(param, exact_dtype(param))
     return prefix
 
 
@@ -184,7 +190,7 @@ def _saved_moments(
     unknown: dict[str, set[str]] = {}
     for key in keys:
         path, _, moment = key.rpartition(".")
-        if moment not in MOMENTS:
+        if moment not in LIKE_PARAMETER:
             continue
         starts = [0] if path.startswith(_STATE) else []
         starts += [i + 1 for i in range(len(path)) if path.startswith(f".{_STATE}", i)]

@@ -1,8 +1,8 @@
 """MemoryEstimate: the bytes that a plan will take in training, known before it starts.
 
-Counts parameters, gradients and the optimizer's moments from shapes and dtypes, so a model on the
-meta device will do. Activations, buffers, the batch and what an allocator adds are not counted; of
-a sharded model it counts the whole, not one rank's part.
+Counts parameters, gradients and the optimizer's moments and anchors from shapes and dtypes, so a
+model on the meta device will do. Activations, buffers, the batch and what an allocator adds are not
+counted; of a sharded model it counts the whole, not one rank's part.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from gradloc.layers import Layer, LayerMap
+from gradloc.optim_anchor import anchor_dtype
 from gradloc.optim_state import moment_dtype
 from gradloc.wording import bytes_in_words
 
 if TYPE_CHECKING:
     from gradloc.plan import LayerPlan
+    from gradloc.recadam import RecAdam
 
 GRANULARITIES = ("submodule", "block", "tensor")
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
@@ -41,6 +43,8 @@ class MemoryRow:
         moment_bytes: of the optimizer's moments once every active tensor has been updated.
         full_gradient_bytes: the same where every layer trains.
         full_moment_bytes: the same where every layer trains.
+        anchor_bytes: of RecAdam's anchors, once every active tensor has been updated.
+        full_anchor_bytes: the same where every layer trains.
     """
 
     name: str
@@ -51,16 +55,19 @@ class MemoryRow:
     moment_bytes: int
     full_gradient_bytes: int
     full_moment_bytes: int
+    anchor_bytes: int = 0
+    full_anchor_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Parameters, gradients and moments under the plan."""
-        return self.parameter_bytes + self.gradient_bytes + self.moment_bytes
+        """Parameters, gradients, moments and anchors under the plan."""
+        return self.parameter_bytes + self.gradient_bytes + self.moment_bytes + self.anchor_bytes
 
     @property
     def full_bytes(self) -> int:
-        """Parameters, gradients and moments in full training."""
-        return self.parameter_bytes + self.full_gradient_bytes + self.full_moment_bytes
+        """Parameters, gradients, moments and anchors in full training."""
+        states = self.full_moment_bytes + self.full_anchor_bytes
+        return self.parameter_bytes + self.full_gradient_bytes + states
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,28 @@ class MemoryEstimate:
         return self.total.moment_bytes
 
     @property
+    def anchor_bytes(self) -> int:
+        """Of RecAdam's anchors under the plan."""
+        return self.total.anchor_bytes
+
+    @property
     def total_bytes(self) -> int:
-        """Parameters, gradients and moments under the plan."""
+        """Parameters, gradients, moments and anchors under the plan."""
         return self.total.total_bytes
 
     @property
     def full_bytes(self) -> int:
-        """Parameters, gradients and moments in full training."""
+        """Parameters, gradients, moments and anchors in full training."""
         return self.total.full_bytes
 
     def __str__(self) -> str:
         total = self.total
-        lines: list[Sequence[str]] = [
-            ("", "train", "parameters", "gradients", "moments", "together", "full training")
-        ]
+        anchored = total.full_anchor_bytes > 0
+        kinds = ("parameters", "gradients", "moments", *(("anchors",) if anchored else ()))
+        lines: list[Sequence[str]] = [("", "train", *kinds, "together", "full training")]
         for row in (*self.rows, total):
-            counts = (row.parameter_bytes, row.gradient_bytes, row.moment_bytes)
-            sums = (row.total_bytes, row.full_bytes)
+            counts = [row.parameter_bytes, row.gradient_bytes, row.moment_bytes]
+            sums = (*((row.anchor_bytes,) if anchored else ()), row.total_bytes, row.full_bytes)
             trains = f"{row.num_active} of {row.num_layers}" if row.num_layers else "-"
             lines.append((row.name, trains, *map(bytes_in_words, (*counts, *sums))))
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -144,6 +156,7 @@ def estimate_memory(
     state_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
     gradients: str = "active",
+    recadam: RecAdam | None = None,
 ) -> MemoryEstimate:
     """What `LayerPlan.memory` returns; arguments and errors are described there."""
     if gradients not in ("active", "all"):
@@ -161,7 +174,7 @@ def estimate_memory(
     # name of the row -> layers, active ones, and the bytes in MemoryRow's order
     sums: dict[str, list[int]] = {}
     for layer in layers:
-        row = sums.setdefault(_ROWS.get(layer.kind, _REST), [0] * 7)
+        row = sums.setdefault(_ROWS.get(layer.kind, _REST), [0] * 9)
         row[0] += 1
         row[1] += layer.name in active
     known = layers.parameters(model)
@@ -171,16 +184,20 @@ def estimate_memory(
         gradient = parameter.numel() * parameter.element_size()
         itemsize = moment_dtype(parameter, state_dtype).itemsize
         moments = (3 if amsgrad else 2) * parameter.numel() * itemsize
+        of_anchor = anchor_dtype(parameter, recadam)
+        anchor = 0 if of_anchor is None else parameter.numel() * of_anchor.itemsize
         row = sums[_ROWS.get(layer.kind, _REST)]
         row[2] += gradient  # a parameter is as large as its gradient
         row[3] += gradient if trains or gradients == "all" else 0
         row[4] += moments if trains else 0
         row[5] += gradient
         row[6] += moments
+        row[7] += anchor if trains else 0
+        row[8] += anchor
     others = _others(model, {id(parameter) for _, parameter, _ in known})
     if others:
         size = sum(parameter.numel() * parameter.element_size() for parameter in others)
-        sums[_OUTSIDE] = [0, 0, size, 0, 0, 0, 0]
+        sums[_OUTSIDE] = [0, 0, size, *[0] * 6]
     order = (*_ROWS.values(), _REST, _OUTSIDE)
     rows = tuple(MemoryRow(name, *sums[name]) for name in order if name in sums)
     return MemoryEstimate(rows, tuple(_assumptions(model, layers, gradients)))

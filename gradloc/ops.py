@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradloc.ops_cuda import CudaAdamW, CudaNorms, Decision, Update
+from gradloc.recadam import RecAdam
 from gradloc.reference import AdamWGroup
 from gradloc.reference import is_dense as is_dense
 
@@ -149,6 +150,7 @@ class AdamWSlot:
     group: int  # index of its param group
     tensor: int = 0  # its identity for stochastic rounding
     first_element: int = 0  # position of its first element in the full tensor, when it is a shard
+    anchor: Tensor | None = None  # same shape, float32 or bfloat16 (or wider): RecAdam pulls there
 
 
 def counts_on_device(param: Tensor) -> bool:
@@ -161,7 +163,7 @@ class NativeAdamW:
 
     Args:
         slots: the parameters, all on one device; each must pass `runs_natively`, with moments of
-            the same strides, all float32 or all bfloat16.
+            the same strides, all float32 or all bfloat16; all of them have anchors or none.
         num_layers: number of layers.
 
     Raises:
@@ -172,6 +174,8 @@ class NativeAdamW:
         self.slots = tuple(slots)
         for slot in self.slots:
             _check_slot(slot)
+        anchors = [slot.anchor for slot in slots if slot.anchor is not None]
+        assert len(anchors) in (0, len(self.slots))
         self._params = [slot.param for slot in slots]
         self._strides = [param.stride() for param in self._params]
         device = slots[0].param.device if slots else torch.device("cpu")
@@ -191,6 +195,8 @@ class NativeAdamW:
             "groups": [slot.group for slot in slots],
             "tensor_ids": [slot.tensor for slot in slots],
             "first_elements": [slot.first_element for slot in slots],
+            "anchors": [anchor.data_ptr() for anchor in anchors],
+            "anchor_dtypes": [DTYPE_CODES[anchor.dtype] for anchor in anchors],
         }
         core = DEVICE_CORES.get(device.type)
         self.on_device = core is not None
@@ -234,6 +240,7 @@ class NativeAdamW:
         *,
         with_norms: bool,
         rounding_seed: int | None,
+        recadam: RecAdam | None = None,
     ) -> Tensor | None:
         """Update what has a gradient; return the sums of squares by layer if asked.
 
@@ -247,9 +254,10 @@ class NativeAdamW:
                 only).
             with_norms: whether sums of squares are wanted.
             rounding_seed: of stochastic rounding.
+            recadam: settings of the pull, where the slots have anchors.
         """
         seed = None if rounding_seed is None else rounding_seed % 2**64
-        norm_sq = self._engine.step(grads, Update(groups, scales, coef, with_norms, seed))
+        norm_sq = self._engine.step(grads, Update(groups, scales, coef, with_norms, seed, recadam))
         # Backward through what was changed in place is an error; autograd has to learn of it.
         changed = self._params
         if not grads.all_present:
@@ -295,6 +303,7 @@ class _HostAdamW:
             update.coef,
             0 if out is None else out.data_ptr(),
             update.rounding_seed,
+            update.recadam_numbers,
             torch.get_num_threads(),
         )
         return out
@@ -310,11 +319,16 @@ def _check_slot(slot: AdamWSlot) -> None:
         for m in moments
     )
     assert slot.exp_avg.dtype in (torch.float32, torch.bfloat16)
+    anchor = slot.anchor
+    if anchor is not None:
+        assert (anchor.shape, anchor.stride()) == (slot.param.shape, slot.param.stride())
+        assert anchor.device == slot.param.device
+        assert anchor.dtype in (torch.float32, torch.bfloat16)
     assert slot.step.dtype == torch.float32
     assert slot.step.numel() == 1
     assert slot.step.device == (slot.param.device if counts_on_device(slot.param) else _CPU)
-    kinds = ("parameter", slot.param), ("step count", slot.step), *(("moment", m) for m in moments)
-    for what, tensor in kinds:
+    kinds = ("parameter", slot.param), ("step count", slot.step), ("anchor", anchor)
+    for what, tensor in (*kinds, *(("moment", m) for m in moments)):
         if tensor is not None and tensor.numel() and not tensor.data_ptr():
             raise ValueError(_no_memory(what, tensor))
 

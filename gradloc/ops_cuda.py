@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradloc.recadam import ANNEALS, RecAdam
 from gradloc.reference import AdamWGroup
 
 
@@ -54,6 +55,7 @@ class Update(NamedTuple):
         coef: what gradients are multiplied by, or a control (see `Decision`).
         with_norms: whether sums of squares are wanted.
         rounding_seed: of stochastic rounding, 0 to 2^64 - 1; None rounds to nearest.
+        recadam: where the parameters have anchors.
     """
 
     groups: Sequence[AdamWGroup]
@@ -61,6 +63,15 @@ class Update(NamedTuple):
     coef: float | Tensor
     with_norms: bool
     rounding_seed: int | None
+    recadam: RecAdam | None = None
+
+    @property
+    def recadam_numbers(self) -> tuple[float, float, float, int] | None:
+        """RecAdam's settings as the core takes them."""
+        pull = self.recadam
+        if pull is None:
+            return None
+        return pull.gamma, pull.k, pull.t0, ANNEALS.index(pull.anneal)
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -276,6 +287,7 @@ class CudaAdamW:
             1.0 if isinstance(coef, Tensor) else coef,
             _address(out),
             update.rounding_seed,
+            update.recadam_numbers,
             *self._tables.stream(),
         )
         return out

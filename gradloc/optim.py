@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradloc import backends, optim_report, sharding
 from gradloc.layers import LayerMap
+from gradloc.optim_anchor import check_pull, warn_unanchored
 from gradloc.optim_checks import (
     check_capturable,
     check_group,
@@ -23,12 +24,13 @@ from gradloc.optim_checks import (
     parameter_name,
 )
 from gradloc.optim_freeze import check_offload
-from gradloc.optim_record import KEY, Record, take_record
+from gradloc.optim_record import KEY, Record, recadam_after, take_record
 from gradloc.optim_release import check_release
 from gradloc.optim_selection import Selection
-from gradloc.optim_state import mend_step, moment_dtype, restore_moments, state_bytes
+from gradloc.optim_state import mend_step, restore, state_bytes
 from gradloc.optim_step import PlannedSteps
 from gradloc.plan import LayerPlan
+from gradloc.recadam import RecAdam
 
 # What says how the update is computed, not what it is.
 _OWN_KEYS = ("foreach", "capturable", "differentiable", "fused")
@@ -82,12 +84,14 @@ class LocalizedAdamW(PlannedSteps):
         release_gradients: update each parameter as backward produces its gradient, and free that.
             `step()` then only ends the step. Excludes clipping, `on_nonfinite`, accumulation,
             GradScaler and DDP.
+        recadam: pull what trains to the weights that it had when it first trained; these anchors
+            are kept in the state.
 
     Raises:
         ValueError: a bad option or one that excludes another, no parameters, overlapping
             parameters, parameters of FSDP1 or ZeRO-3, a plan that does not fit or that trains
-            what is not among the parameters, a parameter in no layer; nothing has been changed
-            then.
+            what is not among the parameters, a parameter in no layer, a pull that would diverge
+            (lr·scale·gamma above 2); nothing has been changed then.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class LocalizedAdamW(PlannedSteps):
         stochastic_rounding: bool = False,
         seed: int = 0,
         release_gradients: bool = False,
+        recadam: RecAdam | None = None,
     ) -> None:
         check_options(
             layers,
@@ -122,6 +127,7 @@ class LocalizedAdamW(PlannedSteps):
             on_freeze=on_freeze,
             state_dtype=state_dtype,
             seed=seed,
+            recadam=recadam,
         )
         self._selection = Selection(layers)
         self._max_grad_norm = max_grad_norm
@@ -131,6 +137,7 @@ class LocalizedAdamW(PlannedSteps):
         self._stochastic_rounding = bool(stochastic_rounding)
         self._seed = seed
         self._release_gradients = bool(release_gradients)
+        self._recadam = recadam
         if release_gradients:
             check_release(self._max_grad_norm, self._on_nonfinite)
         self.num_skipped_steps = 0
@@ -197,6 +204,11 @@ class LocalizedAdamW(PlannedSteps):
         """The norm to which the gradients of the active layers are clipped; None: not clipped."""
         return self._max_grad_norm
 
+    @property
+    def recadam(self) -> RecAdam | None:
+        """The settings of the pull to the pretrained weights; None: there is none."""
+        return self._recadam
+
     def set_plan(self, plan: LayerPlan | None) -> None:
         """Put another plan in force from the next step on; None trains everything at scale 1.
 
@@ -205,11 +217,12 @@ class LocalizedAdamW(PlannedSteps):
 
         Raises:
             ValueError: the plan names unknown layers, leaves layers out, trains nothing, trains
-                layers without a parameter in this optimizer, or the optimizer was made without
-                `layers`. The old plan stays in force then.
+                layers without a parameter in this optimizer, has scales too large for `recadam`, or
+                the optimizer was made without `layers`. The old plan stays in force then.
             OSError: there is no room to offload moments to. The old plan stays in force then.
         """
         self._selection.check(plan)
+        check_pull(self._recadam, self.param_groups, self._selection.largest_scales(plan))
         before, self._selection.plan = self.plan, plan
         try:
             self._settle()
@@ -233,12 +246,12 @@ class LocalizedAdamW(PlannedSteps):
         return self._norms.norms()
 
     def state_bytes(self) -> int:
-        """Bytes of moments now on the parameters' devices; of this rank's part if sharded."""
+        """Bytes of moments and anchors now on the parameters' devices; of a shard this rank's."""
         here = (state for param, state in self.state.items() if param not in self._away)
         return sum(state_bytes(state) for state in here)
 
     def offloaded_bytes(self) -> int:
-        """Bytes of moments that on_freeze="offload" has moved away."""
+        """Bytes of moments and anchors that on_freeze="offload" has moved away."""
         return sum(state_bytes(self.state.get(param, {})) for param in self._away)
 
     def report(self) -> str:
@@ -256,14 +269,14 @@ class LocalizedAdamW(PlannedSteps):
     def state_dict(self) -> dict[str, Any]:
         """The state, in the shape of `torch.optim.AdamW`'s.
 
-        Where there is something of ours to carry (layers, clipping, rounding, skipped steps), the
-        first param group has one more key, a string: plan, clipping, seed of the rounding and count
-        of skipped steps. torch.optim.AdamW loads it all the same.
+        Where there is something of ours to carry, the first param group has one more key, a string:
+        plan, clipping, seed of the rounding, settings of RecAdam and count of skipped steps.
+        torch.optim.AdamW loads it all the same.
         """
         state_dict: dict[str, Any] = super().state_dict()
         clips = self._max_grad_norm is not None or self._on_nonfinite != "ignore"
-        rounds = self._stochastic_rounding
-        if self.layers is not None or clips or rounds or self.num_skipped_steps:
+        adds = self._stochastic_rounding or self._recadam is not None
+        if self.layers is not None or clips or adds or self.num_skipped_steps:
             record = Record(
                 plan=self.plan,
                 max_grad_norm=self._max_grad_norm,
@@ -272,6 +285,7 @@ class LocalizedAdamW(PlannedSteps):
                 seed=self._seed,
                 num_skipped_steps=self.num_skipped_steps,
                 num_states=sum(bool(state) for state in state_dict["state"].values()),
+                recadam=self._recadam,
             )
             state_dict["param_groups"][0][KEY] = record.to_text()
         return state_dict
@@ -281,9 +295,11 @@ class LocalizedAdamW(PlannedSteps):
 
         Plan, clipping, rounding and its seed come from the state, as the learning rate does; call
         `set_plan` afterwards to go on with another plan. torch casts moments to the dtype of their
-        parameter, which would round the float32 moments of a bfloat16 model; here they come back as
-        they were saved. How the update is computed (`fused`, `foreach`, `state_dtype`, `on_freeze`)
-        stays as this optimizer was made: it is no part of the state.
+        parameter, which would round the float32 moments of a bfloat16 model; here they, and
+        RecAdam's anchors, come back as they were saved. How the update is computed (`fused`,
+        `foreach`, `state_dtype`, `on_freeze`) stays as this optimizer was made: it is no part of
+        the state. A state without RecAdam leaves this optimizer its own settings, and a
+        RuntimeWarning says to what its parameters will be anchored then.
 
         Raises:
             ValueError: the state is that of other parameters, its plan does not fit the layers, or
@@ -299,6 +315,9 @@ class LocalizedAdamW(PlannedSteps):
             if record is not None:
                 self._check_record(record)
             check_loadable(loadable, self.param_groups, self.defaults, own)
+            scales = self._selection.largest_scales(record.plan if record else self.plan)
+            recadam = recadam_after(record, self._recadam)
+            check_pull(recadam, loadable["param_groups"], scales)
             return loadable
 
         handle = self.register_load_state_dict_pre_hook(check)
@@ -306,16 +325,16 @@ class LocalizedAdamW(PlannedSteps):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        self._take_over(seen["record"])
         saved_groups, saved_state = seen["state_dict"]["param_groups"], seen["state_dict"]["state"]
         for group, saved, kept in zip(self.param_groups, saved_groups, own, strict=True):
             group.update(kept)
             for param, saved_id in zip(group["params"], saved["params"], strict=True):
                 if saved_id in saved_state:
-                    dtype = moment_dtype(param, self._state_dtype)
-                    restore_moments(self.state[param], saved_state[saved_id], param, dtype)
-        if seen["record"] is not None:
-            self._take_over(seen["record"])
+                    both = self.state[param], saved_state[saved_id]
+                    restore(*both, param, self._state_dtype, self._recadam)
         self._settle()
+        warn_unanchored(self.state.values(), self._recadam)
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -327,6 +346,7 @@ class LocalizedAdamW(PlannedSteps):
             "_stochastic_rounding",
             "_seed",
             "_release_gradients",
+            "_recadam",
         )
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_num_skipped_steps": self.num_skipped_steps}
@@ -360,16 +380,20 @@ class LocalizedAdamW(PlannedSteps):
             on_freeze=self._on_freeze,
             state_dtype=self._state_dtype,
             seed=record.seed,
+            recadam=record.recadam,
         )
         self._selection.check(record.plan)
         if self._release_gradients:
             check_release(record.max_grad_norm, record.on_nonfinite)
         check_parameters(self.param_groups, stochastic_rounding=record.stochastic_rounding)
 
-    def _take_over(self, record: Record) -> None:
+    def _take_over(self, record: Record | None) -> None:
+        if record is None:
+            return
         self._selection.plan = record.plan
         self._max_grad_norm = record.max_grad_norm
         self._on_nonfinite = record.on_nonfinite
         self._stochastic_rounding = record.stochastic_rounding
         self._seed = record.seed
         self.num_skipped_steps = record.num_skipped_steps
+        self._recadam = recadam_after(record, self._recadam)

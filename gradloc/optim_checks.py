@@ -19,6 +19,7 @@ from gradloc.ops import is_dense
 from gradloc.optim_freeze import ON_FREEZE
 from gradloc.optim_state import check_saved
 from gradloc.plan import LayerPlan
+from gradloc.recadam import RecAdam
 from gradloc.wording import listed
 
 _TRAINED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +42,7 @@ def check_options(
     on_freeze: str,
     state_dtype: torch.dtype | None,
     seed: int,
+    recadam: RecAdam | None,
 ) -> None:
     """Check the options that torch's AdamW does not have."""
     if layers is not None and not isinstance(layers, LayerMap):
@@ -60,6 +62,10 @@ def check_options(
         raise ValueError(
             f"state_dtype={state_dtype!r}: torch.float32 or torch.bfloat16, or None for float32 "
             "(float64 for float64 parameters)"
+        )
+    if recadam is not None and not isinstance(recadam, RecAdam):
+        raise ValueError(
+            f"recadam={recadam!r}: a gradloc.RecAdam, such as RecAdam(gamma=100.0), or None"
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: a whole number of at least 0, below 2**63")

@@ -1,6 +1,8 @@
 """Where the optimizer state of a frozen layer goes: it stays, moves off the device, or is dropped.
 
-Moves whole moments, bit for bit, and computes nothing. Which layers are frozen is the plan's.
+Moves whole moments and anchors, bit for bit, and computes nothing. Anchors are never dropped: a
+layer that has trained is no longer what it was, and nothing else knows that. Which layers are
+frozen is the plan's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gradloc import sharding
-from gradloc.optim_state import MOMENTS, zeros_like
+from gradloc.optim_anchor import ANCHOR
+from gradloc.optim_state import LIKE_PARAMETER, zeros_like
 
 ON_FREEZE = ("keep", "offload", "drop")
 
@@ -53,7 +56,9 @@ def put_away(
     """
     for param, name in frozen if mode != "keep" else ():
         if mode == "drop":
-            states.pop(param, None)
+            anchor = states.pop(param, {}).get(ANCHOR)
+            if anchor is not None:
+                states[param] = {ANCHOR: anchor}
         elif states.get(param) and param not in away:
             check_offload(param, name)
             _offload(states[param])
@@ -67,7 +72,7 @@ def bring_back(
     for param in params:
         if param in away:
             state = states[param]
-            for key in MOMENTS:
+            for key in LIKE_PARAMETER:
                 if key in state:
                     moment = zeros_like(param, state[key].dtype)
                     state[key] = moment.copy_(state[key], non_blocking=True)
@@ -75,12 +80,12 @@ def bring_back(
 
 
 def _offload(state: dict[str, Any]) -> None:
-    """Move the moments of one parameter off their device.
+    """Move the moments of one parameter, and its anchor, off their device.
 
     From an accelerator to host memory (pinned), from host memory to a temporary file that is mapped
     and has no name, so that nothing is left behind when the process ends.
     """
-    moved = {key: _moved(state[key]) for key in MOMENTS if key in state}
+    moved = {key: _moved(state[key]) for key in LIKE_PARAMETER if key in state}
     state.update(moved)
 
 

@@ -1,4 +1,4 @@
-"""What LocalizedAdamW's state dict carries beside torch's: the plan, clipping, rounding, counts.
+"""What LocalizedAdamW's state dict carries beside torch's: the plan, clipping, settings, counts.
 
 One JSON string in the first param group, under `KEY`: as a single value of a plain type it passes
 every way in which optimizer states are saved (`weights_only=True`, Accelerate, the flattening of
@@ -8,10 +8,11 @@ torch.distributed.checkpoint). torch.optim.AdamW ignores it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradloc.plan import LayerPlan
+from gradloc.recadam import RecAdam
 
 KEY = "localization"
 
@@ -27,11 +28,13 @@ class Record:
     seed: int
     num_skipped_steps: int
     num_states: int  # parameters with state, so that a load can tell when some were left behind
+    recadam: RecAdam | None = None
 
     def to_text(self) -> str:
         """The JSON string; floats keep every bit."""
         plan = self.plan and {"scales": dict(self.plan.scales), "policy": self.plan.policy}
-        return json.dumps({**self.__dict__, "plan": plan})
+        recadam = self.recadam and asdict(self.recadam)
+        return json.dumps({**self.__dict__, "plan": plan, "recadam": recadam})
 
     @classmethod
     def from_text(cls, text: Any) -> Record:
@@ -43,7 +46,7 @@ class Record:
         try:
             body = json.loads(text)
             plan = body["plan"] and LayerPlan(body["plan"]["scales"], body["plan"]["policy"])
-            limit = body["max_grad_norm"]
+            limit, recadam = body["max_grad_norm"], body.get("recadam")
             return cls(
                 plan=plan,
                 max_grad_norm=None if limit is None else float(limit),
@@ -52,6 +55,7 @@ class Record:
                 seed=int(body["seed"]),
                 num_skipped_steps=int(body["num_skipped_steps"]),
                 num_states=int(body["num_states"]),
+                recadam=recadam and RecAdam(**recadam),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -81,3 +85,11 @@ def take_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Record | No
             "load without the rest"
         )
     return {**state_dict, "param_groups": groups}, record
+
+
+def recadam_after(record: Record | None, before: RecAdam | None) -> RecAdam | None:
+    """RecAdam's settings after a load: those of the record where it has some, else as before.
+
+    A state that was saved without must not turn a pull off that the optimizer was made with.
+    """
+    return before if record is None or record.recadam is None else record.recadam

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradloc.optim_state import state_bytes
+from gradloc.optim_anchor import ANCHOR
+from gradloc.optim_state import MOMENTS, state_bytes
 from gradloc.plan import LayerPlan
 from gradloc.wording import bytes_in_words, listed
 
@@ -28,7 +29,8 @@ class LayerRow:
     scale: float
     num_model_elements: int  # of the layer, whether the optimizer has them or not
     num_elements: int = 0  # that train if the layer does
-    moment_bytes: int = 0  # on the parameters' device
+    moment_bytes: int = 0  # on the parameters' device, as the next
+    anchor_bytes: int = 0
     offloaded_bytes: int = 0
     num_steps: int = 0  # of the tensor that has taken the most
     norm: float | None = None  # of the last gradient
@@ -88,11 +90,13 @@ def in_force_line(policy: str, rows: Sequence[LayerRow]) -> str:
     active = [row for row in rows if row.scale > 0 and row.num_elements]
     trained = sum(row.num_elements for row in active)
     total = sum(row.num_model_elements for row in rows)
+    anchors = sum(row.anchor_bytes for row in rows)
     away = sum(row.offloaded_bytes for row in rows)
     return (
         f"plan in force ({policy}): {len(active)} of {len(rows)} layers train, "
         f"{trained:,} of {total:,} parameters ({trained / max(total, 1):.1%}); moments "
         f"{bytes_in_words(sum(row.moment_bytes for row in rows))}"
+        + (f", anchors {bytes_in_words(anchors)}" if anchors else "")
         + (f", {bytes_in_words(away)} offloaded" if away else "")
     )
 
@@ -100,14 +104,17 @@ def in_force_line(policy: str, rows: Sequence[LayerRow]) -> str:
 def report_table(headline: str, rows: Sequence[LayerRow]) -> str:
     """A table of the layers, for people."""
     width = max(5, *(len(row.name) for row in rows))
+    anchors = any(row.anchor_bytes for row in rows)
     away = any(row.offloaded_bytes for row in rows)
     head = f"{'layer':{width}}  {'scale':>6}  {'parameters':>12}  {'steps':>6}  {'moments':>10}"
-    lines = [headline, head + (f"  {'offloaded':>10}" if away else "") + f"  {'grad norm':>10}"]
+    head += (f"  {'anchors':>10}" if anchors else "") + (f"  {'offloaded':>10}" if away else "")
+    lines = [headline, head + f"  {'grad norm':>10}"]
     for row in rows:
         scale = "frozen" if row.scale == 0 else f"{row.scale:.3g}"
         lines.append(
             f"{row.name:{width}}  {scale:>6}  {row.num_model_elements:>12,}  {row.num_steps:>6}  "
             f"{bytes_in_words(row.moment_bytes):>10}"
+            + (f"  {bytes_in_words(row.anchor_bytes):>10}" if anchors else "")
             + (f"  {bytes_in_words(row.offloaded_bytes):>10}" if away else "")
             + f"  {'-' if row.norm is None else f'{row.norm:.3e}':>10}"
         )
@@ -143,6 +150,7 @@ def layer_rows(
         if param in away:
             row.offloaded_bytes += state_bytes(state)
         else:
-            row.moment_bytes += state_bytes(state)
+            row.moment_bytes += state_bytes(state, MOMENTS)
+            row.anchor_bytes += state_bytes(state, (ANCHOR,))
         row.num_steps = max(row.num_steps, int(state.get("step", 0)))
     return rows

@@ -70,6 +70,17 @@ class Selection:
             self._scales = self.plan, scales
         return scales
 
+    def largest_scales(self, plan: LayerPlan | None) -> list[float]:
+        """The largest scale of a layer in each param group, were this plan in force."""
+        named = None if plan is None else plan.scales
+        return [
+            max(
+                (1.0 if named is None else named[self.names[layer]] for layer in set(ids)),
+                default=0.0,
+            )
+            for ids in self._layer_ids
+        ]
+
     def in_force(self) -> LayerPlan:
         """The plan, or without one the plan under which all that the optimizer has trains."""
         if self.plan is not None:

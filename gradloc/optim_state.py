@@ -2,21 +2,25 @@
 
 `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq` have the parameter's shape, memory order
 and sharding; `step` is a float32 scalar: on the CPU, as torch's default AdamW keeps it, or where
-kernels count on the device, as its fused one does. Where the state of frozen layers goes is in
-`optim_freeze.py`.
+kernels count on the device, as its fused one does. `anchor` is there with RecAdam. Where the state
+of frozen layers goes is in `optim_freeze.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradloc import sharding
+from gradloc.optim_anchor import ANCHOR, anchor_dtype, anchor_of
+from gradloc.recadam import RecAdam
 from gradloc.reference import compute_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+LIKE_PARAMETER = (*MOMENTS, ANCHOR)  # what has the parameter's shape
 
 
 def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
@@ -31,27 +35,31 @@ def ensure_state(
     *,
     amsgrad: bool,
     step_device: torch.device,
+    recadam: RecAdam | None = None,
 ) -> bool:
-    """Make what is missing, zero; return whether the parameter had no state at all.
+    """Make what is missing, zero and the anchor; return whether the parameter had no moments.
 
     Raises:
         ValueError: the state has only some of an AdamW state's entries.
     """
-    fresh = not state
     check_whole(state, "state")
+    fresh = "step" not in state
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
     for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
             state[key] = zeros_like(param, dtype)
+    of_anchor = anchor_dtype(param, recadam)
+    if of_anchor is not None and ANCHOR not in state:
+        state[ANCHOR] = anchor_of(param, of_anchor)
     return fresh
 
 
 def laid_out(state: dict[str, Any], key: str, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """This rank's part of the moment; first brought to the right dtype, device and memory order.
+    """This rank's part of a moment or anchor, brought to the right dtype, device and memory order.
 
     Raises:
-        ValueError: the moment has another shape or sharding than the parameter.
+        ValueError: it has another shape or sharding than the parameter.
     """
     moment: Tensor = state[key]
     here, ours = sharding.local(moment), sharding.local(param)
@@ -68,22 +76,34 @@ def laid_out(state: dict[str, Any], key: str, param: Tensor, dtype: torch.dtype)
     return sharding.local(moment)
 
 
-def restore_moments(
-    state: dict[str, Any], saved: dict[str, Any], param: Tensor, dtype: torch.dtype
+def restore(
+    state: dict[str, Any],
+    saved: dict[str, Any],
+    param: Tensor,
+    state_dtype: torch.dtype | None,
+    recadam: RecAdam | None,
 ) -> None:
-    """Undo torch's cast of loaded moments to the parameter's dtype: as they were saved."""
-    for key in MOMENTS:
-        if key in saved and (state[key].dtype != dtype or saved[key].dtype != dtype):
-            state[key] = saved[key].detach().to(param.device, dtype, copy=True)
+    """Undo torch's cast of what was loaded to the parameter's dtype: as it was saved.
+
+    An anchor is taken out where there is to be none.
+    """
+    of_moments, of_anchor = moment_dtype(param, state_dtype), anchor_dtype(param, recadam)
+    if of_anchor is None:
+        state.pop(ANCHOR, None)
+    for key in LIKE_PARAMETER:
+        wanted = of_anchor if key == ANCHOR else of_moments
+        if key in state and (state[key].dtype != wanted or saved[key].dtype != wanted):
+            state[key] = saved[key].detach().to(param.device, wanted, copy=True)
 
 
-def is_complete(state: dict[str, Any], *, amsgrad: bool) -> bool:
+def is_complete(state: dict[str, Any], *, amsgrad: bool, anchored: bool) -> bool:
     """Whether all that a step needs is there."""
-    return all(key in state for key in ("step", *(MOMENTS if amsgrad else MOMENTS[:2])))
+    needed = ("step", *(MOMENTS if amsgrad else MOMENTS[:2]), *((ANCHOR,) if anchored else ()))
+    return all(key in state for key in needed)
 
 
 def check_whole(state: dict[str, Any], what: str) -> None:
-    """Check that a state is an AdamW state, or none; `max_exp_avg_sq` may come later.
+    """Check that a state is an AdamW state, or none; `max_exp_avg_sq` and an anchor may differ.
 
     Raises:
         ValueError: some entries are there and others are not.
@@ -104,13 +124,13 @@ def check_saved(saved: dict[str, Any], param: Tensor, name: str) -> None:
         ValueError: entries are missing, a moment has another shape, or one of the two is sharded
             and the other whole.
     """
-    if saved and "step" not in saved and "exp_avg" not in saved:
+    if set(saved) - {ANCHOR} and "step" not in saved and "exp_avg" not in saved:
         raise ValueError(
             f"state_dict: the state of parameter {name} has {', '.join(map(repr, saved))}: it is "
             "that of another optimizer, not of AdamW"
         )
     check_whole(saved, f"state_dict: the state of parameter {name}")
-    for key in MOMENTS:
+    for key in LIKE_PARAMETER:
         moment = saved.get(key, param)
         if moment.shape != param.shape:
             raise ValueError(
@@ -136,10 +156,10 @@ def mend_step(state: dict[str, Any], device: torch.device | None = None) -> Tens
     return step
 
 
-def state_bytes(state: dict[str, Any]) -> int:
-    """Bytes of the moments of one parameter, of this rank's part where they are sharded."""
-    moments = (sharding.local(state[key]) for key in MOMENTS if key in state)
-    return sum(t.numel() * t.element_size() for t in moments)
+def state_bytes(state: dict[str, Any], keys: Sequence[str] = LIKE_PARAMETER) -> int:
+    """Bytes of one parameter's moments and anchor, of this rank's part where they are sharded."""
+    found = (sharding.local(state[key]) for key in keys if key in state)
+    return sum(t.numel() * t.element_size() for t in found)
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:

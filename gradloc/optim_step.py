@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradloc import ops, optim_report, sharding
+from gradloc.optim_anchor import check_pull, in_effect
 from gradloc.optim_checks import check_lr
 from gradloc.optim_device import DeviceControl, Rule, scaler_value
 from gradloc.optim_freeze import bring_back, put_away
@@ -21,6 +22,7 @@ from gradloc.optim_norms import StepNorms
 from gradloc.optim_release import GradientRelease
 from gradloc.optim_selection import Selection
 from gradloc.optim_work import Active, Part, StepWork
+from gradloc.recadam import RecAdam
 from gradloc.reference import AdamWGroup, clip_coefficient
 
 
@@ -39,6 +41,7 @@ class PlannedSteps(torch.optim.Optimizer):
     _seed: int
     _release_gradients: bool
     _num_skipped_steps: int
+    _recadam: RecAdam | None = None
     _control: DeviceControl | None = None
 
     @torch.no_grad()
@@ -49,8 +52,8 @@ class PlannedSteps(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as for every torch optimizer.
 
         Raises:
-            ValueError: a sparse gradient, or one of another shape or device; nothing has been
-                changed then.
+            ValueError: a sparse gradient, or one of another shape or device, or a learning rate
+                that is out of range or too large for RecAdam's pull; nothing has been changed then.
             FloatingPointError: a non-finite gradient with on_nonfinite="raise"; nothing has been
                 changed then.
             RuntimeError: the first step of a plan, and nothing that it trains has a gradient;
@@ -139,6 +142,7 @@ class PlannedSteps(torch.optim.Optimizer):
                 coef,
                 with_norms=with_norms,
                 rounding_seed=self._rounding_seed,
+                recadam=in_effect(self._recadam),
             )
             norm_sqs.append(norm_sq)
             if self._work is not None:  # from here on a failure is not as if nothing had been
@@ -175,6 +179,7 @@ class PlannedSteps(torch.optim.Optimizer):
         self._forget_work()
 
     def _forget_work(self) -> None:
+        self._largest_scales: list[float] | None = None
         self._work: StepWork | None = None
         self._single: dict[Tensor, tuple[int, StepWork]] = {}  # with release_gradients
 
@@ -221,6 +226,7 @@ class PlannedSteps(torch.optim.Optimizer):
             len(self._selection.names),
             state_dtype=self._state_dtype,
             rounding=self._stochastic_rounding,
+            recadam=self._recadam,
             watched=watched,
         )
 
@@ -252,6 +258,10 @@ class PlannedSteps(torch.optim.Optimizer):
     def _check_lrs(self) -> None:
         for group in self.param_groups:
             check_lr(group["lr"])
+        if self._recadam is not None:
+            if self._largest_scales is None:  # kept while the plan and the groups are the same
+                self._largest_scales = self._selection.largest_scales(self._selection.plan)
+            check_pull(self._recadam, self.param_groups, self._largest_scales)
 
     def _check_amp(self) -> None:
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from gradloc import backends, ops, sharding
 from gradloc.ops_cuda import refuse_capture
+from gradloc.optim_anchor import ANCHOR, anchor_dtype, in_effect
 from gradloc.optim_checks import check_grad, parameter_name
 from gradloc.optim_state import ensure_state, is_complete, laid_out, mend_step, moment_dtype
+from gradloc.recadam import RecAdam
 from gradloc.watch import Watch, watch
 
 
@@ -54,6 +56,7 @@ class StepWork:
         num_layers: number of layers.
         state_dtype: dtype of the moments; None: float32 or wider.
         rounding: whether steps will round stochastically.
+        recadam: what anchors are kept for; None: no anchors.
         watched: whether `gather_unchanged` is to serve; it looks at all of the optimizer.
     """
 
@@ -66,6 +69,7 @@ class StepWork:
         *,
         state_dtype: torch.dtype | None,
         rounding: bool,
+        recadam: RecAdam | None,
         watched: bool,
     ) -> None:
         self.active = list(active)
@@ -74,11 +78,13 @@ class StepWork:
         self._num_layers = num_layers
         self._state_dtype = state_dtype
         self._rounding = rounding
+        self._recadam = in_effect(recadam)
         self._params = _ids(groups)
         # Plain tensors, the common case, are not asked in every step whether they are sharded.
         sharded = any(sharding.is_sharded(one.param) for one in self.active)
         self._local = sharding.local if sharded else _itself
-        self._fresh: list[Tensor] = []  # parameters whose state was made by the last `gather`
+        # Parameters whose moments were made by the last `gather`, and whether the anchor was too.
+        self._fresh: list[tuple[Tensor, bool]] = []
         self._key: list[Any] | None = None
         self._parts: list[Part] = []
         self._watched = watched
@@ -122,8 +128,10 @@ class StepWork:
         self._fresh = []
         try:
             for one, grad in zip(self.active, grads, strict=True):
-                if grad is not None and self._ensure_state(one):
-                    self._fresh.append(one.param)
+                if grad is not None:
+                    anchored = ANCHOR in self._states.get(one.param, {})
+                    if self._ensure_state(one):
+                        self._fresh.append((one.param, not anchored))
             self._refresh()
             self._remember()
             return [
@@ -142,8 +150,10 @@ class StepWork:
 
     def drop_fresh(self) -> None:
         """Take back the state that the last `gather` made: the step does not happen."""
-        for param in self._fresh:
-            del self._states[param]
+        for param, with_anchor in self._fresh:
+            state = self._states.pop(param)
+            if not with_anchor:  # of an earlier time, when the parameter had other values
+                self._states[param] = {ANCHOR: state[ANCHOR]}
         self._fresh = []
 
     def keep_fresh(self) -> None:
@@ -159,7 +169,7 @@ class StepWork:
 
     def _ensure_state(self, one: Active) -> bool:
         amsgrad = self._groups[one.group]["amsgrad"]
-        if is_complete(self._states.get(one.param, {}), amsgrad=amsgrad):
+        if self._is_complete(one):
             return False
         refuse_capture(one.param.device)
         return ensure_state(
@@ -168,6 +178,14 @@ class StepWork:
             moment_dtype(one.param, self._state_dtype),
             amsgrad=amsgrad,
             step_device=self._step_device(one),
+            recadam=self._recadam,
+        )
+
+    def _is_complete(self, one: Active) -> bool:
+        return is_complete(
+            self._states.get(one.param, {}),
+            amsgrad=self._groups[one.group]["amsgrad"],
+            anchored=self._recadam is not None,
         )
 
     def _step_device(self, one: Active) -> torch.device:
@@ -187,8 +205,7 @@ class StepWork:
         self._watch = None
         found: dict[Any, tuple[list[ops.AdamWSlot], list[int]]] = {}
         for member, one in enumerate(self.active):
-            state = self._states.get(one.param, {})
-            if not is_complete(state, amsgrad=self._groups[one.group]["amsgrad"]):
+            if not self._is_complete(one):
                 continue  # it has had no gradient yet, or none since amsgrad was turned on
             slot, kind = self._slot(one)
             slots, members = found.setdefault(kind, ([], []))
@@ -216,6 +233,7 @@ class StepWork:
         name = parameter_name(group, one.group, one.position)
         sharding.refuse_unsupported(param, name)  # FSDP1 may wrap after the optimizer was made
         dtype = moment_dtype(param, self._state_dtype)
+        of_anchor = anchor_dtype(param, self._recadam)
         ours = sharding.local(param.detach())
         slot = ops.AdamWSlot(
             ours,
@@ -227,6 +245,7 @@ class StepWork:
             one.group,
             tensor=one.number,
             first_element=sharding.first_element(param, name) if self._rounding else 0,
+            anchor=None if of_anchor is None else laid_out(state, ANCHOR, param, of_anchor),
         )
         backend = backends.choose(ours, group["fused"], name)
         return slot, (backend, ours.device, sharding.reduction(param))

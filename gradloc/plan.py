@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gradloc.layers import LayerMap
     from gradloc.memory import MemoryEstimate
+    from gradloc.recadam import RecAdam
 
 _SCHEMA = "gradloc.plan"
 _VERSION = 1
@@ -101,6 +102,7 @@ class LayerPlan:
         state_dtype: torch.dtype | None = None,
         amsgrad: bool = False,
         gradients: str = "active",
+        recadam: RecAdam | None = None,
     ) -> MemoryEstimate:
         """Predict the bytes of parameters, gradients and moments, beside those of full training.
 
@@ -112,6 +114,7 @@ class LayerPlan:
             amsgrad: as for `LocalizedAdamW`: a third moment.
             gradients: "active": frozen layers have `requires_grad=False` and no gradient; "all":
                 every layer has one.
+            recadam: as for `LocalizedAdamW`: anchors too.
 
         Returns:
             A row each for the embeddings, the head and the other layers, and totals. `print` shows
@@ -129,6 +132,7 @@ class LayerPlan:
             state_dtype=state_dtype,
             amsgrad=amsgrad,
             gradients=gradients,
+            recadam=recadam,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

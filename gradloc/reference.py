@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradloc.recadam import RecAdam
+
 
 @dataclass(frozen=True)
 class AdamWGroup:
@@ -192,6 +194,8 @@ def adamw_step(
     lr_scale: float = 1.0,
     clip_coef: Tensor | float = 1.0,
     rounding: Rounding | None = None,
+    anchor: Tensor | None = None,
+    recadam: RecAdam | None = None,
 ) -> None:
     """One AdamW step of one tensor, in place; the formula stands in csrc/adamw.h.
 
@@ -208,7 +212,10 @@ def adamw_step(
         lr_scale: the layer's learning-rate scale s; the step is AdamW's with learning rate lr·s.
         clip_coef: what the gradient is multiplied by.
         rounding: round what is stored in bfloat16 stochastically; None rounds to nearest.
+        anchor: what RecAdam pulls to, same shape, any floating dtype; or None.
+        recadam: its settings, where there is an anchor.
     """
+    assert (anchor is None) == (recadam is None)
     wide = torch.promote_types(compute_dtype(param.dtype), exp_avg.dtype)
     step.add_(1.0)
     t = float(step)
@@ -226,7 +233,11 @@ def adamw_step(
         stored["max_exp_avg_sq"] = (max_exp_avg_sq, second)
     denominator = second.sqrt() / (1.0 - group.beta2**t) ** 0.5 + group.eps
     decayed = param.to(wide) * (1.0 - lr * group.weight_decay)
-    stored["param"] = (param, decayed - (lr / (1.0 - group.beta1**t)) * (first / denominator))
+    share = 1.0 if recadam is None else recadam.annealed(t)
+    moved = decayed - (share * lr / (1.0 - group.beta1**t)) * (first / denominator)
+    if anchor is not None and recadam is not None:
+        moved = moved - ((1.0 - share) * lr * recadam.gamma) * (moved - anchor.to(wide))
+    stored["param"] = (param, moved)
     _store(stored, rounding, int(t))
 
 

@@ -14,7 +14,8 @@ namespace {
 // them.
 std::vector<AdamWScalars> tensor_scalars(const Work& work, const AdamWTensors& tensors,
                                          const Grads& grads, const std::vector<AdamWGroup>& groups,
-                                         const std::vector<double>& scales, double clip_coef) {
+                                         const std::vector<double>& scales, double clip_coef,
+                                         const RecAdam* recadam) {
   std::vector<AdamWScalars> scalars(work.num_tensors());
   int32_t last_group = -1;
   double last_step = 0.0, last_scale = 0.0;
@@ -27,7 +28,8 @@ std::vector<AdamWScalars> tensor_scalars(const Work& work, const AdamWTensors& t
       last_group = tensors.groups[i];
       last_step = step;
       last_scale = scale;
-      last = adamw_scalars(groups[last_group], groups[last_group].lr, step, scale, clip_coef);
+      last =
+          adamw_scalars(groups[last_group], groups[last_group].lr, step, scale, clip_coef, recadam);
     }
     scalars[i] = last;
   }
@@ -59,11 +61,11 @@ Pointer* element_at(Pointer* first, int64_t offset, DType dtype) {
 void adamw_step(Work& work, const AdamWTensors& tensors, const Grads& grads,
                 const std::vector<AdamWGroup>& groups, const std::vector<double>& scales,
                 double clip_coef, double* norm_sq_out, std::optional<uint64_t> rounding_seed,
-                int num_threads) {
+                const std::optional<RecAdam>& recadam, int num_threads) {
   const KernelTable& table = kernels();
   const bool with_norm = norm_sq_out != nullptr;
-  const std::vector<AdamWScalars> scalars =
-      tensor_scalars(work, tensors, grads, groups, scales, clip_coef);
+  const std::vector<AdamWScalars> scalars = tensor_scalars(
+      work, tensors, grads, groups, scales, clip_coef, recadam ? &*recadam : nullptr);
   const std::vector<RoundingKey> keys = rounding_keys(tensors, grads, rounding_seed);
   parallel_for(static_cast<int64_t>(work.chunks.size()), num_threads, [&](int64_t i) {
     const Chunk& at = work.chunks[i];
@@ -72,15 +74,19 @@ void adamw_step(Work& work, const AdamWTensors& tensors, const Grads& grads,
     const DType param_dtype = tensors.param_dtypes[t];
     const DType grad_dtype = grads.dtypes[t];
     const DType moment_dtype = tensors.moment_dtypes[t];
+    const DType anchor_dtype = recadam ? tensors.anchor_dtypes[t] : DType::kFloat32;
+    const void* anchor = recadam ? tensors.anchors[t] : nullptr;
     const AdamWChunk chunk = {element_at(tensors.params[t], at.offset, param_dtype),
                               element_at(grads.data[t], at.offset, grad_dtype),
                               element_at(tensors.exp_avgs[t], at.offset, moment_dtype),
                               element_at(tensors.exp_avg_sqs[t], at.offset, moment_dtype),
                               element_at(tensors.max_exp_avg_sqs[t], at.offset, moment_dtype),
+                              element_at(anchor, at.offset, anchor_dtype),
                               at.size,
                               param_dtype,
                               grad_dtype,
                               moment_dtype,
+                              anchor_dtype,
                               scalars[t],
                               rounding_seed.has_value(),
                               keys[t],

@@ -17,9 +17,10 @@ struct AdamWChunk {
   void* exp_avg;         // [size], moment_dtype; read and written
   void* exp_avg_sq;      // [size], moment_dtype; read and written
   void* max_exp_avg_sq;  // [size], moment_dtype, or null without amsgrad; read and written
+  const void* anchor;    // [size], anchor_dtype, or null without RecAdam
   int32_t size;          // elements
   DType param_dtype, grad_dtype;
-  DType moment_dtype;  // kFloat32 or kBFloat16
+  DType moment_dtype, anchor_dtype;  // kFloat32 or kBFloat16
   AdamWScalars scalars;
   bool stochastic;         // how to round what is stored in bfloat16; else to nearest even
   RoundingKey key;         // used when stochastic, as is the next

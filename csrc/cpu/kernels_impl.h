@@ -165,8 +165,10 @@ struct NoWords {
   explicit NoWords(const AdamWChunk&) {}
 };
 
-// Groups of 16 use whole loads; the tail of the chunk goes through padded copies.
-template <DType P, DType G, DType M, bool kStochastic, bool kAmsgrad, bool kNorm>
+// Groups of 16 use whole loads; the tail of the chunk goes through padded copies. Kernels for
+// anchors exist once a kind of dtypes: what else they are to do they ask the chunk, in branches
+// that always go the same way. As template arguments these would double what there is to compile.
+template <DType P, DType G, DType M, bool kStochastic, bool kAnchored, bool kAmsgrad, bool kNorm>
 struct AdamWWalk {
   const AdamWChunk& c;
   std::conditional_t<kStochastic, ChunkWords, NoWords> words;
@@ -188,6 +190,14 @@ struct AdamWWalk {
     }
   }
 
+  bool has_max() const { return kAmsgrad && (!kAnchored || c.max_exp_avg_sq != nullptr); }
+
+  template <bool kTail>
+  Vec16 load_anchor(int32_t at, int n) const {
+    return c.anchor_dtype == DType::kFloat32 ? load<kTail, DType::kFloat32>(c.anchor, at, n)
+                                             : load<kTail, DType::kBFloat16>(c.anchor, at, n);
+  }
+
   // n elements from `at`: 16, or fewer in the tail. k: which of the four sums takes their squares.
   template <bool kTail>
   void group(int32_t at, int n, int k) {
@@ -196,9 +206,12 @@ struct AdamWWalk {
     Vec16 exp_avg = load<kTail, M>(c.exp_avg, at, n);
     Vec16 exp_avg_sq = load<kTail, M>(c.exp_avg_sq, at, n);
     Vec16 max_sq(0.0f);
-    if constexpr (kAmsgrad) max_sq = load<kTail, M>(c.max_exp_avg_sq, at, n);
+    // A maximum of 0 is as good as none: second moments are not below it.
+    if (has_max()) max_sq = load<kTail, M>(c.max_exp_avg_sq, at, n);
+    Vec16 anchor(0.0f);
+    if constexpr (kAnchored) anchor = load_anchor<kTail>(at, n);
     if constexpr (kNorm) sum.lanes[k].add_squares(grad);
-    adamw_element<kAmsgrad>(param, grad, exp_avg, exp_avg_sq, max_sq, c.scalars);
+    adamw_element<kAmsgrad, kAnchored>(param, grad, exp_avg, exp_avg_sq, max_sq, anchor, c.scalars);
     if constexpr (kStochastic) {
       const Bits16 first = words.first(at), kLow(0xFFFFu);
       store<kTail, P>(c.param, at, n, param, Random{first & kLow});
@@ -206,7 +219,7 @@ struct AdamWWalk {
       if constexpr (M == DType::kBFloat16) {
         const Bits16 second = second_word(first);
         store<kTail, M>(c.exp_avg_sq, at, n, exp_avg_sq, Random{second & kLow});
-        if constexpr (kAmsgrad)
+        if (has_max())
           store<kTail, M>(c.max_exp_avg_sq, at, n, max_sq, Random{shift_right<16>(second)});
         return;
       }
@@ -215,7 +228,7 @@ struct AdamWWalk {
       store<kTail, M>(c.exp_avg, at, n, exp_avg, Nearest{});
     }
     store<kTail, M>(c.exp_avg_sq, at, n, exp_avg_sq, Nearest{});
-    if constexpr (kAmsgrad) store<kTail, M>(c.max_exp_avg_sq, at, n, max_sq, Nearest{});
+    if (has_max()) store<kTail, M>(c.max_exp_avg_sq, at, n, max_sq, Nearest{});
   }
 
   double run() {
@@ -236,12 +249,16 @@ struct AdamWWalk {
 
 template <DType P, DType G, DType M, bool kStochastic>
 double adamw_rounded(const AdamWChunk& c, bool with_norm) {
-  if (c.max_exp_avg_sq != nullptr) {
-    return with_norm ? AdamWWalk<P, G, M, kStochastic, true, true>(c).run()
-                     : AdamWWalk<P, G, M, kStochastic, true, false>(c).run();
+  if (c.anchor != nullptr) {
+    const double sum = AdamWWalk<P, G, M, kStochastic, true, true, true>(c).run();
+    return with_norm ? sum : 0.0;
   }
-  return with_norm ? AdamWWalk<P, G, M, kStochastic, false, true>(c).run()
-                   : AdamWWalk<P, G, M, kStochastic, false, false>(c).run();
+  if (c.max_exp_avg_sq != nullptr) {
+    return with_norm ? AdamWWalk<P, G, M, kStochastic, false, true, true>(c).run()
+                     : AdamWWalk<P, G, M, kStochastic, false, true, false>(c).run();
+  }
+  return with_norm ? AdamWWalk<P, G, M, kStochastic, false, false, true>(c).run()
+                   : AdamWWalk<P, G, M, kStochastic, false, false, false>(c).run();
 }
 
 template <DType P, DType G, DType M>

@@ -26,7 +26,7 @@ inline __device__ const GroupEntry& group_of(const AdamWParams<kCapacity>& p, in
   return p.group_table != nullptr ? p.group_table[group] : p.groups[group];
 }
 
-template <bool kStochastic, int kCapacity>
+template <bool kStochastic, bool kAnchored, int kCapacity>
 inline __device__ ChunkScalars chunk_scalars(const AdamWParams<kCapacity>& p,
                                              const TensorEntry& tensor, int64_t offset) {
   ChunkScalars scalars;
@@ -35,7 +35,9 @@ inline __device__ ChunkScalars chunk_scalars(const AdamWParams<kCapacity>& p,
   const float step = *tensor.step + 1.0f;
   const double coef = p.control != nullptr ? p.control->grad_coef : p.grad_coef;
   const double scale = p.tables.scales[tensor.layer];
-  scalars.adamw = adamw_scalars(entry.group, lr, step, scale, coef);
+  const RecAdam* recadam = nullptr;
+  if constexpr (kAnchored) recadam = &p.recadam;
+  scalars.adamw = adamw_scalars(entry.group, lr, step, scale, coef, recadam);
   if constexpr (kStochastic) {
     const auto position = static_cast<uint64_t>(tensor.first_element + offset);
     scalars.key = rounding_key(p.rounding_seed, static_cast<uint64_t>(step),
@@ -60,7 +62,7 @@ inline __device__ void first_words(const ChunkScalars& scalars, uint64_t positio
 
 // A chunk's arrays, and how threads share out its elements.
 struct ChunkStreams {
-  Stream param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  Stream param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor;
   int32_t size;
   bool amsgrad;
   // Whether all arrays are float32: then a warp's 16-byte accesses lie side by side. Narrower
@@ -75,10 +77,10 @@ struct ChunkStreams {
 };
 
 struct Operands {
-  Raw param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  Raw param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor;
 };
 
-template <bool kAmsgrad>
+template <bool kAmsgrad, bool kAnchored>
 inline __device__ void load_operands(const ChunkStreams& streams, Spot at, bool whole,
                                      Operands& raw) {
   load(streams.grad, at, streams.size, whole, raw.grad);
@@ -91,6 +93,7 @@ inline __device__ void load_operands(const ChunkStreams& streams, Spot at, bool 
       load(streams.max_exp_avg_sq, at, streams.size, whole, raw.max_exp_avg_sq);
     }
   }
+  if constexpr (kAnchored) load(streams.anchor, at, streams.size, whole, raw.anchor);
 }
 
 template <class Rounding>
@@ -128,7 +131,7 @@ inline __device__ void store_operands(const ChunkStreams& streams, const ChunkSc
 }
 
 // Eight elements, in place.
-template <bool kAmsgrad>
+template <bool kAmsgrad, bool kAnchored>
 inline __device__ void update(Operands& raw, const AdamWScalars& scalars) {
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
@@ -138,7 +141,9 @@ inline __device__ void update(Operands& raw, const AdamWScalars& scalars) {
     float exp_avg_sq = __uint_as_float(raw.exp_avg_sq.words[i]);
     float max_sq = 0.0f;
     if constexpr (kAmsgrad) max_sq = __uint_as_float(raw.max_exp_avg_sq.words[i]);
-    adamw_element<kAmsgrad>(param, grad, exp_avg, exp_avg_sq, max_sq, scalars);
+    float anchor = 0.0f;
+    if constexpr (kAnchored) anchor = __uint_as_float(raw.anchor.words[i]);
+    adamw_element<kAmsgrad, kAnchored>(param, grad, exp_avg, exp_avg_sq, max_sq, anchor, scalars);
     raw.param.words[i] = __float_as_uint(param);
     raw.exp_avg.words[i] = __float_as_uint(exp_avg);
     raw.exp_avg_sq.words[i] = __float_as_uint(exp_avg_sq);
@@ -146,6 +151,17 @@ inline __device__ void update(Operands& raw, const AdamWScalars& scalars) {
   }
 }
 
+// Streams that were kept in shared memory, where the compiler forgot what their addresses are.
+inline __device__ ChunkStreams of_global_memory(const ChunkStreams& kept) {
+  ChunkStreams streams = kept;
+  assume_global(streams.param.base);
+  assume_global(streams.exp_avg.base);
+  assume_global(streams.exp_avg_sq.base);
+  assume_global(streams.max_exp_avg_sq.base);
+  return streams;
+}
+
+template <bool kAnchored>
 inline __device__ ChunkStreams chunk_streams(const TensorEntry& tensor, const void* grad,
                                              DType grad_dtype, const ChunkEntry& chunk) {
   ChunkStreams streams;
@@ -160,27 +176,37 @@ inline __device__ ChunkStreams chunk_streams(const TensorEntry& tensor, const vo
   streams.size = chunk.size;
   streams.wide = tensor.param_dtype == DType::kFloat32 && grad_dtype == DType::kFloat32 &&
                  moments == DType::kFloat32;
+  if constexpr (kAnchored) {
+    streams.anchor = stream_of(tensor.anchor, tensor.anchor_dtype, chunk.offset);
+    streams.wide = streams.wide && tensor.anchor_dtype == DType::kFloat32;
+  }
   return streams;
 }
 
 // Updates the block's chunk; returns this thread's part of the sum of squares of the gradients as
 // they came, 0 unless `with_norms`.
-template <bool kAmsgrad, bool kStochastic, int kCapacity>
+template <bool kAmsgrad, bool kStochastic, bool kAnchored, int kCapacity>
 inline __device__ double update_chunk(const AdamWParams<kCapacity>& p, const ChunkEntry& chunk,
                                       const void* grad, bool with_norms) {
   __shared__ ChunkScalars scalars;
+  // The same streams to store to: six addresses, kept in registers over the arithmetic, would
+  // spill.
+  [[maybe_unused]] __shared__ ChunkStreams targets;
   const TensorEntry& tensor = p.tables.tensors[chunk.tensor];
   const ChunkStreams streams =
-      chunk_streams(tensor, grad, p.tables.grad_dtypes[chunk.tensor], chunk);
+      chunk_streams<kAnchored>(tensor, grad, p.tables.grad_dtypes[chunk.tensor], chunk);
   const auto position = static_cast<uint64_t>(tensor.first_element + chunk.offset);
   double sum = 0.0;
   for (int32_t base = 0; base < chunk.size; base += kGroup * kThreads) {
     const Spot at = streams.spot(base);
     const bool whole = at.second + 4 <= chunk.size;
     Operands raw;
-    load_operands<kAmsgrad>(streams, at, whole, raw);
+    load_operands<kAmsgrad, kAnchored>(streams, at, whole, raw);
     if (base == 0) {  // after the first loads were sent off, so that they overlap
-      if (threadIdx.x == 0) scalars = chunk_scalars<kStochastic>(p, tensor, chunk.offset);
+      if (threadIdx.x == 0) {
+        scalars = chunk_scalars<kStochastic, kAnchored>(p, tensor, chunk.offset);
+        if constexpr (kAnchored) targets = streams;
+      }
       __syncthreads();
     }
     widen(raw.grad, streams.grad.dtype);
@@ -188,9 +214,15 @@ inline __device__ double update_chunk(const AdamWParams<kCapacity>& p, const Chu
     widen(raw.exp_avg, streams.exp_avg.dtype);
     widen(raw.exp_avg_sq, streams.exp_avg_sq.dtype);
     if constexpr (kAmsgrad) widen(raw.max_exp_avg_sq, streams.max_exp_avg_sq.dtype);
+    if constexpr (kAnchored) widen(raw.anchor, streams.anchor.dtype);
     if (with_norms) sum += sum_of_squares<kGroup>(raw.grad.words);
-    update<kAmsgrad>(raw, scalars.adamw);
-    store_operands<kAmsgrad, kStochastic>(streams, scalars, position, at, whole, raw);
+    update<kAmsgrad, kAnchored>(raw, scalars.adamw);
+    if constexpr (kAnchored) {
+      store_operands<kAmsgrad, kStochastic>(of_global_memory(targets), scalars, position, at, whole,
+                                            raw);
+    } else {
+      store_operands<kAmsgrad, kStochastic>(streams, scalars, position, at, whole, raw);
+    }
   }
   return sum;
 }
@@ -215,10 +247,12 @@ inline __device__ void skip_step(const AdamWParams<kCapacity>& p) {
   }
 }
 
-// kCapacity: gradient addresses in the parameters.
-template <bool kAmsgrad, bool kStochastic, int kCapacity>
+// kAmsgrad: whether tensors may have a max_exp_avg_sq. kCapacity: gradient addresses in the
+// parameters.
+template <bool kAmsgrad, bool kStochastic, bool kAnchored, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kAmsgrad ? 2 : 3)
     adamw_kernel(const __grid_constant__ AdamWParams<kCapacity> p) {
+  static_assert(kAmsgrad || !kAnchored);
   if (p.control != nullptr && p.control->skip != 0.0f) return skip_step(p);
   const bool with_norms = p.norm_sq != nullptr;
   double sum = 0.0;
@@ -226,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, kAmsgrad ? 2 : 3)
     const ChunkEntry chunk = p.tables.chunks[blockIdx.x];
     const void* grad = p.grads.at(chunk.tensor);
     if (grad != nullptr) {
-      sum = update_chunk<kAmsgrad, kStochastic>(p, chunk, grad, with_norms);
+      sum = update_chunk<kAmsgrad, kStochastic, kAnchored>(p, chunk, grad, with_norms);
       if (with_norms) sum = block_sum(sum);
     }
   }

@@ -19,6 +19,7 @@ struct StepOptions {
   double* norm_sq;  // [num_layers] in device memory: sums of squares of the gradients, or null
   std::optional<uint64_t> rounding_seed;  // of stochastic rounding; without it to nearest even
   bool amsgrad;                           // whether any tensor has a max_exp_avg_sq
+  std::optional<RecAdam> recadam;         // where the tensors have anchors
 };
 
 // Updates parameters, moments and step counts of every tensor that has a gradient. One launch.

@@ -47,7 +47,8 @@ struct TensorEntry {
   int64_t first_element;  // and where a shard begins in the whole
   int32_t group;          // index of the param group
   int32_t layer;
-  DType param_dtype, moment_dtype;
+  DType param_dtype, moment_dtype, anchor_dtype;
+  const void* anchor;  // [size], anchor_dtype; null without RecAdam
 };
 
 // What stays the same between steps. In device memory, uploaded when it changes.
@@ -119,6 +120,7 @@ struct AdamWParams {
   const Control* control;  // or null: grad_coef
   double grad_coef;
   uint64_t rounding_seed;         // of stochastic rounding
+  RecAdam recadam;                // of kernels for anchors
   const GroupEntry* group_table;  // [groups] in device memory; null: what follows
   GroupEntry groups[kMaxInlineGroups];
   Gradients<kCapacity> grads;
