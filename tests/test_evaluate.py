@@ -11,6 +11,7 @@ from gradloc.evaluate import (
     TextScore,
     evaluate_probes,
     evaluate_text,
+    probes_matched,
     save_scores,
 )
 from gradloc.files import read_json
@@ -111,6 +112,9 @@ def test_another_acceptable_answer_counts_and_the_nll_is_the_texts_own(knowing, 
     score = evaluate_probes(knowing, tokenizer, helped, batch_size=2)["updated"]
     assert plain.exact_match == 0.0
     assert score.exact_match == pytest.approx(3 / 5)
+    right = [True] * 3 + [False] * 2
+    assert probes_matched(knowing, tokenizer, helped, batch_size=2) == right
+    assert probes_matched(knowing, tokenizer, helped[::-1], batch_size=100) == right[::-1]
     assert score.num_probes == 5
     assert score.num_tokens == plain.num_tokens
     assert score.nll == pytest.approx(plain.nll, rel=1e-5)

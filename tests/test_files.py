@@ -13,6 +13,7 @@ import pytest
 from gradloc.files import (
     check_writable,
     read_json,
+    remove_leftovers,
     replacing,
     replacing_folder,
     write_json,
@@ -103,6 +104,41 @@ def test_a_kill_in_the_middle_leaves_the_old_folder(tmp_path):
     kill_while_writing(LOAD + code, tmp_path)
     assert names(target) == ["weights"]
     assert (target / "weights").read_text() == "old"
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    code = """
+    with files["replacing_folder"]("seed-1") as temporary:
+        (temporary / "weights").write_text("half")
+        WAIT
+    """
+    kill_while_writing(LOAD + code, tmp_path)
+    assert len(list(tmp_path.glob(".seed-1.*"))) == 1, "the kill left something"
+    for name in ("seed-1", "seed-10", ".seed-10.abc", ".seed-1", "x.seed-1.abc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".seed-1.file").write_text("no folder")
+    kept = [".seed-1", ".seed-1.file", ".seed-10.abc", "seed-1", "seed-10", "x.seed-1.abc"]
+    remove_leftovers(tmp_path / "seed-1")
+    assert set(kept) <= set(names(tmp_path))
+    assert not [
+        name for name in names(tmp_path) if name.startswith(".seed-1.") and name not in kept
+    ]
+    remove_leftovers(tmp_path / "missing" / "seed-1")
+
+
+def test_an_old_folder_that_was_moved_aside_comes_back(tmp_path):
+    """As a kill between the two renames of `replacing_folder` leaves it."""
+    for name in (".model.old.abc/model", ".model.def"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text(name)
+    remove_leftovers(tmp_path / "model")
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model/weights").read_text() == ".model.old.abc/model"
+    # Where the new one is in its place, the old one goes.
+    (tmp_path / ".model.old.xyz/model").mkdir(parents=True)
+    remove_leftovers(tmp_path / "model")
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["weights"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

@@ -19,8 +19,9 @@ BATCH, LENGTH = 4, 8  # sequences of a step, over all ranks
 # A larger eps, for key biases: their gradients are rounding errors of zero, which Adam scales up.
 OPTIONS = {"lr": 4e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}
 MAX_GRAD_NORM = 0.5  # of norms between 0.4 and 4
-# Both runs sum the same float32 numbers in another order, 14 times through Adam.
-TOLERANCE = 2e-6
+# Both runs sum the same float32 numbers in another order, 14 times through Adam. How far they come
+# apart is the matrix library's: on an AMD EPYC below 2e-6, on an Intel Xeon 2.07e-6.
+TOLERANCE = 4e-6
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

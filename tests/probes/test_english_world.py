@@ -15,13 +15,17 @@ from gradloc.probes.english_words import ENGLISH_RELATIONS, INVENTED_COUNTRIES
 
 FACTS = real_facts()
 COUNTRIES = {country for country, _ in FACTS}
+NEVER_DEALT = {"Equatorial Guinea", "Guinea-Bissau", "Nigeria", "Papua New Guinea", "South Sudan"}
 SMALL = {"num_updated": 3, "num_new": 3, "num_keep": 2, "num_validation": 2, "num_unchanged": 3}
 NONE = dict.fromkeys(SMALL, 0)
 WORLDS = {
     "default": {},
     "other-seed": {"seed": 7},
     "small": SMALL,
-    "all-countries": {"num_unchanged": len(COUNTRIES) - 80, "num_new": len(INVENTED_COUNTRIES)},
+    "all-countries": {
+        "num_unchanged": len(COUNTRIES - NEVER_DEALT) - 80,
+        "num_new": len(INVENTED_COUNTRIES),
+    },
     "half-known": {**SMALL, "known": sorted(FACTS)[::2]},
     "one-relation": {**SMALL, "facts": {k: o for k, o in FACTS.items() if k[1] == "language"}},
 }
@@ -117,6 +121,33 @@ def test_countries_serve_one_purpose(arguments: Any) -> None:
     assert set(world.entities["new"]) <= set(INVENTED_COUNTRIES)
 
 
+def test_no_name_contains_another() -> None:
+    """Taught about Nigeria, a model would learn something about Niger.
+
+    All countries there are, real and invented, are dealt here.
+    """
+    dealt = EnglishWorld(**WORLDS["all-countries"]).entities  # type: ignore[arg-type]
+    names = [name for members in dealt.values() for name in members]
+    assert set(names) == (COUNTRIES - NEVER_DEALT) | set(INVENTED_COUNTRIES)
+    bare = [name.removeprefix("the ") for name in names]
+    assert [(one, two) for one in bare for two in bare if one != two and one in two] == []
+    for name in NEVER_DEALT:
+        assert any(one in name for one in bare), "left out for nothing"
+
+
+def test_a_name_counts_as_contained_without_its_article() -> None:
+    facts = {
+        ("the Congo", "capital"): "A",
+        ("the Republic of the Congo", "capital"): "B",
+        ("the Mali", "capital"): "C",
+        ("Somalia", "capital"): "D",
+    }
+    world = EnglishWorld(0, **{**NONE, "num_unchanged": 3}, facts=facts)
+    assert set(world.entities["unchanged"]) == {"the Congo", "the Mali", "Somalia"}
+    with pytest.raises(ValueError, match=r"need 4 real countries, .* facts to use of 3"):
+        EnglishWorld(0, **{**NONE, "num_unchanged": 4}, facts=facts)
+
+
 @each_world
 def test_facts(arguments: Any) -> None:
     world = EnglishWorld(**arguments)
@@ -189,7 +220,7 @@ def test_the_same_arguments_give_the_same_bytes_everywhere() -> None:
         for probe in group
     ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert digest[:16] == "7050377407dbc489"
+    assert digest[:16] == "1af39940acccbd38"
     assert EnglishWorld(5).facts == world.facts
     assert EnglishWorld(6).facts != world.facts
     assert world.new_corpus(60, seed=1) != world.new_corpus(60)

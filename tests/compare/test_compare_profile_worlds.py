@@ -9,7 +9,7 @@ import pytest
 
 from gradloc.probes import Probe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

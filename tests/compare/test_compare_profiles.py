@@ -27,7 +27,7 @@ from gradloc.compare.profiles import (
     trace_each,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 20
 
 
