@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from gradloc.compare.statistics import mean_sd
 from gradloc.report.analysis import Analysis
 from gradloc.report.rows import Row
-from gradloc.report.runs import CHOSEN, KINDS, Run, mean, number
+from gradloc.report.runs import CHOSEN, KINDS, Run, Weight, mean, number
 from gradloc.report.table import Cell, Table
 from gradloc.report.words import NOTHING, fixed, rate, seconds, three_digits
 from gradloc.wording import bytes_in_words
 
-PAID = ("train", "trace", "generate")
-"""The seconds that a run takes because of its method; scoring is nobody's."""
+EXTRA = ("trace", "generate")
+"""Seconds that a run takes beside its training because of its method; scoring is nobody's."""
 
 
 def cost_table(analysis: Analysis) -> Table:
@@ -39,8 +39,10 @@ def cost_table(analysis: Analysis) -> Table:
         ]
         cells += [_bytes(row, "optimizer_bytes"), _bytes(row, "extra_bytes")]
         cells += [_bytes(row, "peak_bytes")] if peak else []
-        cells += [_seconds(row.recorded("seconds", name).values()) for name in PAID]
-        cells.append(_seconds(whole_run(run) for runs in row.runs.values() for run in runs))
+        runs = [run for draws in row.runs.values() for run in draws]
+        cells.append(_seconds(training_seconds(run) for run in runs))
+        cells += [_seconds(row.recorded("seconds", name).values()) for name in EXTRA]
+        cells.append(_seconds(whole_run(run) for run in runs))
         if analysis.baseline_row is not None:
             cells.append(_relative(row, analysis.baseline_row))
         cells.append(_seconds(row.recorded("seconds", "score").values()))
@@ -49,21 +51,52 @@ def cost_table(analysis: Analysis) -> Table:
     return Table(columns=columns, rows=body, reference=reference[0] if reference else None)
 
 
-def whole_run(run: Run) -> float:
-    """Seconds of training, tracing and generating together."""
-    return sum(number(run.record, "seconds", name) for name in PAID)
+def has_step_time(run: Run) -> bool:
+    """Whether the run noted the median time of its steps; older records have only their sum."""
+    return math.isfinite(_seconds_of_steps(run))
+
+
+def training_seconds(run: Run, *, by_step: bool = True) -> float:
+    """Seconds of training: the median step times the number of steps.
+
+    The median leaves out steps that waited for whatever else the machine did.
+
+    Args:
+        run: finished.
+        by_step: False, or a record without the median: the sum over all steps.
+    """
+    if by_step and has_step_time(run):
+        return _seconds_of_steps(run)
+    return number(run.record, "seconds", "train")
+
+
+def whole_run(run: Run, *, by_step: bool = True) -> float:
+    """Seconds of training, as `training_seconds` counts them, tracing and generating together."""
+    extra = sum(number(run.record, "seconds", name) for name in EXTRA)
+    return training_seconds(run, by_step=by_step) + extra
+
+
+def _seconds_of_steps(run: Run) -> float:
+    return number(run.record, "seconds", "step") * number(run.record, "num_steps")
 
 
 def time_ratios(row: Row, baseline: Row) -> list[float]:
-    """Whole run over that of the baseline, a value for each seed that ran on one machine."""
+    """Whole run over that of the baseline, a value for each seed that ran on one machine.
+
+    Medians of steps are compared with medians only: a seed on which a run lacks it is compared by
+    sums.
+    """
     found = []
     for seed, runs in row.runs.items():
         others = baseline.runs.get(seed, ())
         machines = {str(run.record.get("machine")) for run in (*runs, *others)}
         if others and len(machines) == 1:
-            ratio = mean(map(whole_run, runs)) / mean(map(whole_run, others))
-            if math.isfinite(ratio):
-                found.append(ratio)
+            alike = all(map(has_step_time, (*runs, *others)))
+            ours, theirs = (
+                mean(whole_run(run, by_step=alike) for run in some) for some in (runs, others)
+            )
+            if theirs > 0 and math.isfinite(ours):
+                found.append(ours / theirs)
     return found
 
 
@@ -86,17 +119,14 @@ def runs_table(analysis: Analysis, runs: Sequence[Run]) -> Table:
             Cell(rate(run.learning_rate)),
             Cell(str(run.seed)),
             Cell(str(run.draw)),
-            *(Cell(fixed(run.value(measure), 3)) for measure in ("learn", "forget", "text")),
-            *(Cell(three_digits(run.value(f"perplexity probes {kind}"))[0]) for kind in KINDS),
-            Cell(three_digits(run.value("perplexity text old"))[0]),
+            *_measured(run, 1.0),
+            *(Cell(three_digits(run.recorded(f"perplexity probes {kind}"))[0]) for kind in KINDS),
+            Cell(three_digits(run.recorded("perplexity text old"))[0]),
         ]
         if interpolates:
             alpha = number(run.record, "alpha")
             cells.append(Cell(f"{alpha:g}" if math.isfinite(alpha) else NOTHING))
-            cells += [
-                Cell(fixed(run.value(measure, CHOSEN), 3))
-                for measure in ("learn", "forget", "text")
-            ]
+            cells += _measured(run, CHOSEN)
         cells += [
             Cell(_whole(number(run.record, "num_steps"))),
             Cell(_whole(number(run.record, "tokens", "total"))),
@@ -105,6 +135,15 @@ def runs_table(analysis: Analysis, runs: Sequence[Run]) -> Table:
         ]
         body.append(cells)
     return Table(columns=columns, rows=body)
+
+
+def _measured(run: Run, weight: Weight) -> list[Cell]:
+    """Losses as recorded, those of a run that diverged, too: this list leaves nothing out."""
+    note = "diverged" if run.diverged(weight) else ""
+    values = [run.recorded(measure, weight) for measure in ("learn", "forget", "text")]
+    return [
+        Cell(three_digits(value)[0] if value >= 1e6 else fixed(value, 3), note) for value in values
+    ]
 
 
 def _count(row: Row, *path: str) -> Cell:

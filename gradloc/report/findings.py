@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+from gradloc.compare.statistics import paired_difference
 from gradloc.report.analysis import Analysis
 from gradloc.report.matched_findings import against_random, at_equal_learning, interpolated
 from gradloc.report.rows import Row
 from gradloc.report.runs import CHOSEN, mean, number
-from gradloc.report.verdicts import FEWEST_SEEDS, SMALLEST
+from gradloc.report.verdicts import FEWEST_SEEDS, SMALLEST, clear
 from gradloc.report.words import fixed, named, number_of, percent, rate, spread
 
 _MANY = 5
@@ -27,6 +28,7 @@ def findings(analysis: Analysis) -> list[str]:
         sentences.append(
             f"{len(results.runs)} of {number_of(results.num_cells, 'run')} are finished: whatever "
             "follows may change with the rest."
+            + (f" {len(results.failed)} of the others failed." if results.failed else "")
         )
     if analysis.baseline_row is None or analysis.baseline is None:
         return [
@@ -36,6 +38,7 @@ def findings(analysis: Analysis) -> list[str]:
         ]
     sentences += _astray(analysis)
     sentences.append(_what_the_baseline_did(analysis, analysis.baseline_row))
+    sentences += _better_text(analysis)
     plain = [r for r in analysis.rows if r.weight is not CHOSEN and not analysis.is_baseline(r)]
     if plain:
         sentences += at_equal_learning(analysis, plain)
@@ -85,16 +88,66 @@ def _what_the_baseline_did(analysis: Analysis, row: Row) -> str:
 
 def _astray(analysis: Analysis) -> list[str]:
     """Runs that no mean can count."""
+    runs, limit = analysis.results.runs, analysis.results.limit
+    sentences = []
     lost = [
         f"{run.record.get('cell', run.method)}"
-        for run in analysis.results.runs
-        if not all(math.isfinite(run.value(measure)) for measure in ("learn", "forget", "text"))
+        for run in runs
+        if not all(math.isfinite(run.recorded(what)) for what in ("learn", "forget", "text"))
     ]
-    if not lost:
+    if lost:
+        sentences.append(
+            f"Without a finite loss ended {number_of(len(lost), 'run')}: {named(lost)}. Means "
+            "leave them out and say so."
+        )
+    diverged = []
+    for run in runs:
+        weights = [weight for weight in run.weights if run.diverged(weight)]
+        if weights:
+            at = "" if 1 in weights else f" (at α {named([f'{w:g}' for w in weights])} only)"
+            diverged.append(f"{run.record.get('cell', run.method)}{at}")
+    if diverged:
+        sentences.append(
+            f"Diverged: {number_of(len(diverged), 'run')}, with a loss above {fixed(limit, 1)} "
+            f"nats a token (twice the largest of the base models', plus 10): {named(diverged)}. "
+            "Means, curves and charts leave them out, and tables say so."
+        )
+    return sentences
+
+
+def _better_text(analysis: Analysis) -> list[str]:
+    """Methods after which ordinary text is predicted better than before training."""
+    bases = {
+        seed: number(base["scores"]["1"], "text", "old", "nll")
+        for seed, base in analysis.results.bases.items()
+    }
+    clearly, few = [], []
+    for row in (row for row in analysis.rows if row.weight is not CHOSEN):
+        pairs = [
+            (value, bases[seed])
+            for seed, value in row.finite("text").items()
+            if math.isfinite(bases.get(seed, math.nan))
+        ]
+        if not pairs:
+            continue
+        found = paired_difference([after for after, _ in pairs], [before for _, before in pairs])
+        text = (
+            f"{row.title} ({spread(found.mean, found.sd, sign=True)}, "
+            f"{number_of(len(pairs), 'seed')})"
+        )
+        if clear(found) == -1:
+            clearly.append(text)
+        elif len(pairs) < FEWEST_SEEDS and found.direction == -1 and found.mean < -SMALLEST:
+            few.append(text)
+    parts = [f"clearly for {named(clearly)}"] if clearly else []
+    parts += [f"on too few seeds to judge for {named(few)}"] if few else []
+    if not parts:
         return []
     return [
-        f"Without a finite loss ended {number_of(len(lost), 'run')}: {named(lost)}. Means leave "
-        "them out and say so."
+        "Old ordinary text is predicted better after training than before it (loss after minus "
+        f"before, nats a token), {'; '.join(parts)}: such a model has adapted to text of the kind "
+        "that is measured, as by replaying it, and that says nothing of what else it forgot. Its "
+        "loss on that text is no measure of forgetting."
     ]
 
 

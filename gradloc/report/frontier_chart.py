@@ -27,9 +27,9 @@ from gradloc.report.chart_style import (
     spread_out,
 )
 from gradloc.report.frontier import pareto
-from gradloc.report.frontier_points import Point, all_means, mean_at, mean_points, shared_seeds
+from gradloc.report.frontier_points import Point, all_means, mean_at, mean_points, overview_seeds
 from gradloc.report.runs import Method, Results
-from gradloc.report.words import rate
+from gradloc.report.words import number_of, rate
 
 _LEARN = "loss on updated and new facts, nats a token  (more learned →)"
 _LOSS = {
@@ -39,7 +39,9 @@ _LOSS = {
 
 
 def frontier_overview(analysis: Analysis, loss: str) -> bytes:
-    """All methods in one chart, means over the seeds that all have; a second panel with weights.
+    """All methods in one chart, means over the seeds that most have; a second panel with weights.
+
+    Dashed, and with the number of its seeds: a method that lacks some of these.
 
     Args:
         analysis: of the comparison.
@@ -49,7 +51,7 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
         A PNG.
     """
     results = analysis.results
-    seeds = shared_seeds(results)
+    chosen = overview_seeds(results)
     spans = (RATES, BOTH) if results.interpolates else (RATES,)
     figure = new_figure(11.4 if len(spans) == 2 else 8.0, 5.4)
     panels = figure.subplots(1, len(spans), squeeze=False, sharey=True)[0]
@@ -58,6 +60,7 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
         dress(axes)
         ends: list[tuple[str, Point, Look]] = []
         for method in _drawn_first(analysis):
+            seeds = chosen.of[method.name]
             points = (
                 mean_points(results, method, loss, seeds)
                 if span == RATES
@@ -67,19 +70,23 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
                 continue
             style = look[method.name]
             wide = 2.6 if method == analysis.baseline else 1.6
+            title, dashes = _cut(method.title), "-"
+            if chosen.differs(method.name):
+                title, dashes = f"{title} ({number_of(len(seeds), 'seed')})", "--"
             if span == RATES:
-                _curve(axes, points, style, wide)
-                ends.append((method.title, points[-1], style))
+                _curve(axes, points, style, wide, dashes)
+                ends.append((title, points[-1], style))
             else:
                 axes.plot(
                     *zip(*points, strict=True),
                     color=style.colour,
                     linewidth=wide,
+                    linestyle=dashes,
                     marker=style.mark,
                     markersize=3.6,
                     markeredgewidth=0,
                 )
-                ends.append((method.title, (points[0][0], points[0][1]), style))
+                ends.append((title, (points[0][0], points[0][1]), style))
         axes.set_title(
             f"over {span}" + (": what no other point of the method beats" if span == BOTH else ""),
             fontsize=10, color=INK, loc="left",
@@ -87,7 +94,8 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
         axes.set_xlabel(_LEARN, fontsize=9, color=INK)
         if not axes.xaxis_inverted():
             axes.invert_xaxis()
-        _shade(axes, analysis, loss, span, seeds)
+        if analysis.baseline is not None:
+            _shade(axes, analysis, loss, span, chosen.of[analysis.baseline.name])
         _label_ends(axes, ends)
         _corner(axes, shade=analysis.baseline.title if analysis.baseline else "")
     panels[0].set_ylabel(_LOSS[loss], fontsize=9, color=INK)
@@ -141,7 +149,7 @@ def frontier_multiples(analysis: Analysis, loss: str) -> bytes:
         axes.text(
             1,
             1.02,
-            f"{len(seeds)} seed" + "s" * (len(seeds) != 1),
+            number_of(len(seeds), "seed"),
             fontsize=7,
             color=FAINT,
             ha="right",
@@ -164,7 +172,9 @@ def _drawn_first(analysis: Analysis) -> list[Method]:
     return sorted(methods, key=lambda method: method != analysis.baseline)
 
 
-def _curve(axes: Any, points: Sequence[Point], style: Look, wide: float = 1.6) -> None:
+def _curve(
+    axes: Any, points: Sequence[Point], style: Look, wide: float = 1.6, dashes: str = "-"
+) -> None:
     """Over learning rates; a ring around the hottest one."""
     x, y = zip(*points, strict=True)
     axes.plot(
@@ -172,6 +182,7 @@ def _curve(axes: Any, points: Sequence[Point], style: Look, wide: float = 1.6) -
         y,
         color=style.colour,
         linewidth=wide,
+        linestyle=dashes,
         marker=style.mark,
         markersize=5,
         markeredgecolor="white",
@@ -262,12 +273,15 @@ def _label_ends(axes: Any, ends: Sequence[tuple[str, Point, Look]]) -> None:
     moved = spread_out(places, 0.048, 0.0, 1.0)
     for (title, point, style), place in zip(ends, moved, strict=True):
         axes.annotate(
-            plain(title if len(title) <= 32 else title[:31] + "…"),
-            point, xytext=(1.035, place), textcoords="axes fraction",
+            plain(title), point, xytext=(1.035, place), textcoords="axes fraction",
             fontsize=8, color=style.colour, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.5, "alpha": 0.5,
                         "relpos": (0, 0.5), "shrinkB": 5},
         )  # fmt: skip
+
+
+def _cut(title: str) -> str:
+    return title if len(title) <= 32 else title[:31] + "…"
 
 
 def _corner(axes: Any, *, shade: str = "") -> None:

@@ -7,7 +7,9 @@ tabulated is computed seed by seed, in `matched`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gradloc.report.runs import Method, Results, mean
@@ -15,11 +17,35 @@ from gradloc.report.runs import Method, Results, mean
 Point = tuple[float, float]
 
 
-def shared_seeds(results: Results) -> list[int]:
-    """The seeds that every method has runs of, or all of them where there is none such."""
-    of_methods = [set(runs) for m in results.methods if (runs := results.of(m.name))]
-    shared = set.intersection(*of_methods) if of_methods else set()
-    return sorted(shared or set().union(*of_methods))
+@dataclass(frozen=True, kw_only=True)
+class OverviewSeeds:
+    """The seeds over which the chart of all methods takes its means.
+
+    Attributes:
+        common: those that at least half of the methods have, or all where there is none such.
+        of: method -> those of the common seeds that it has, or its own where it has none of them.
+    """
+
+    common: tuple[int, ...]
+    of: Mapping[str, tuple[int, ...]]
+
+    def differs(self, method: str) -> bool:
+        """Whether a method is drawn on other seeds than most, so that it is to be marked."""
+        return self.of[method] != self.common
+
+
+def overview_seeds(results: Results) -> OverviewSeeds:
+    """Choose seeds so that a method that lacks some, or has more, changes nobody else's curve."""
+    of_methods = {m.name: tuple(runs) for m in results.methods if (runs := results.of(m.name))}
+    counts = Counter(seed for seeds in of_methods.values() for seed in seeds)
+    common = [seed for seed in counts if 2 * counts[seed] >= len(of_methods)] or list(counts)
+    return OverviewSeeds(
+        common=tuple(sorted(common)),
+        of={
+            name: tuple(seed for seed in seeds if seed in common) or seeds
+            for name, seeds in of_methods.items()
+        },
+    )
 
 
 def mean_points(

@@ -28,6 +28,8 @@ from gradloc.report.words import rate
 def mean_losses(row: Row, seeds: Sequence[int] | None = None) -> list[tuple[int, float]]:
     """(step, loss), the mean over seeds with draws averaged first; steps that all runs have.
 
+    Runs that diverged are left out, and losses above the limit of the others.
+
     Args:
         row: a method at a learning rate.
         seeds: to average over; None: all of the row.
@@ -40,11 +42,13 @@ def mean_losses(row: Row, seeds: Sequence[int] | None = None) -> list[tuple[int,
             {
                 int(step): float(loss)
                 for step, loss in run.record.get("losses") or []
-                if loss is not None
+                if loss is not None and loss <= run.limit
             }
             for run in runs
+            if not run.diverged()
         ]
-        by_seed.append(_mean_curve(curves))
+        if curves:
+            by_seed.append(_mean_curve(curves))
     return sorted(_mean_curve(by_seed).items())
 
 

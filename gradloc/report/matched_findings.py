@@ -35,7 +35,7 @@ _WHY_NOT = {
     Standing.SHORT: "it learned less than any point of the curve",
     Standing.PAST: "it learned more than any point of the curve",
     Standing.MIXED: "it is within the curve's range on some seeds only",
-    Standing.UNKNOWN: "a run has no finite loss or no partner of its seed",
+    Standing.UNKNOWN: "a run has no finite loss, diverged or has no partner of its seed",
     Standing.FEW: f"there are fewer than {FEWEST_SEEDS} seeds",
 }
 _Held = Sequence[tuple[Row, Matched]]

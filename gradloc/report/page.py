@@ -12,9 +12,9 @@ from html import escape
 from gradloc.report.analysis import Analysis
 from gradloc.report.cost_tables import cost_table, runs_table
 from gradloc.report.findings import findings
-from gradloc.report.frontier_points import shared_seeds
+from gradloc.report.frontier_points import overview_seeds
 from gradloc.report.page_head import head
-from gradloc.report.runs import Run
+from gradloc.report.runs import Run, number
 from gradloc.report.style import STYLE
 from gradloc.report.table import html_table
 from gradloc.report.tables import (
@@ -87,12 +87,23 @@ def _findings(analysis: Analysis) -> list[str]:
 
 
 def _frontiers(analysis: Analysis, pictures: Mapping[str, bytes]) -> list[str]:
-    seeds = ranges(shared_seeds(analysis.results))
+    chosen = overview_seeds(analysis.results)
+    apart = [
+        f"{method.title} (seed{'s' * (len(seeds) > 1)} {ranges(seeds)})"
+        for method in analysis.results.methods
+        if (seeds := chosen.of.get(method.name)) and chosen.differs(method.name)
+    ]
     baseline = analysis.baseline.title if analysis.baseline else "the baseline"
     parts = ["<h2>Forgetting against learning</h2>"]
     captions = {
-        "frontier-forget": f"Each method's mean over seeds {seeds}, those that all methods have. A "
-        "point a learning rate, from cold to hot, a ring around the hottest. Shaded: what "
+        "frontier-forget": f"Each method's mean over seeds {ranges(chosen.common)}. "
+        + (
+            f"Dashed, as these have not all of them: {named(apart)}; seeds differ, so hold "
+            f"them against {baseline} in the picture below, on the same seeds. "
+            if apart
+            else ""
+        )
+        + "A point a learning rate, from cold to hot, a ring around the hottest. Shaded: what "
         f"{baseline} beats, as one of its own points learned at least as much and lost no more. A "
         "method whose curve runs inside the shade, or along its edge, does nothing that another "
         f"setting of {baseline} does not do."
@@ -187,21 +198,29 @@ def _matched(analysis: Analysis) -> list[str]:
 def _layers(analysis: Analysis, pictures: Mapping[str, bytes]) -> list[str]:
     if "layers" not in pictures:
         return []
-    everywhere = [
-        method.title
-        for method in analysis.results.methods
-        if (
-            plans := [
-                dict(run.record.get("plan") or {})
-                for runs in analysis.results.of(method.name).values()
-                for run in runs
-            ]
-        )
-        and all(set(plan.values()) == {1.0} for plan in plans)
-    ]
+    everywhere: list[str] = []
+    all_adapted: list[str] = []
+    some_adapted: list[str] = []
+    for method in analysis.results.methods:
+        runs = [run.record for run in analysis.results.runs if run.method == method.name]
+        plans = [plan for run in runs if (plan := run.get("plan"))]
+        if not plans:
+            continue
+        every = all(set(plan.values()) == {1.0} for plan in plans)
+        if method.has_adapters:
+            (all_adapted if every else some_adapted).append(method.title)
+        # Where a part of the weights stood still, a plan with all layers does not say it all.
+        elif every and not any(number(run, "share_of_parameters") < 1 for run in runs):
+            everywhere.append(method.title)
     caption = "Means over seeds. Red: above the mean over layers, blue: below."
     if everywhere:
         caption += f" Trained every layer: {named(everywhere)}."
+    if all_adapted:
+        caption += (
+            f" Trained adapters only, in every layer that can have them: {named(all_adapted)}."
+        )
+    if some_adapted:
+        caption += f" Trained adapters only, in the layers that are shown: {named(some_adapted)}."
     return [
         "<h2>Which layers react, and which were trained</h2>",
         *_picture(pictures, "layers", caption),
@@ -216,7 +235,8 @@ def _losses(pictures: Mapping[str, bytes]) -> list[str]:
         *_picture(
             pictures,
             "losses",
-            "Means over seeds, at each method's chosen learning rate; grey: the baseline. The loss "
+            "Means over seeds, at each method's chosen learning rate, without runs that diverged; "
+            "grey: the baseline. The loss "
             "is that of the rows that were trained on: with old rows mixed in it is another loss.",
         ),
     ]
@@ -225,10 +245,12 @@ def _losses(pictures: Mapping[str, bytes]) -> list[str]:
 def _cost(analysis: Analysis) -> list[str]:
     note = (
         "Means over runs. <i>Tokens</i>: all that went through the model in a pass that counts; "
-        "<i>optimizer</i>: its moments; <i>extra</i>: anchors and slow weights. <i>Whole "
-        "run</i>: training, tracing and generating; scoring is no part of it. <i>× baseline</i>: "
-        "whole runs on the same seeds, only where both ran on one machine. Times vary with "
-        "whatever else the machine did."
+        "<i>optimizer</i>: all that it holds, moments and the anchors of RecAdam; <i>extra</i>: "
+        "what a method holds beside it, slow weights. <i>Training</i>: the median step times the "
+        "number of steps, or the sum of the steps in records without a median. <i>Whole run</i>: "
+        "training, tracing and generating; scoring is no part of it. <i>× baseline</i>: whole runs "
+        "on the same seeds, only where both ran on one machine. Times vary with whatever else the "
+        "machine did, sums more than medians."
     )
     if len(analysis.results.machines()) > 1:
         note += " <b>There were several machines: seconds compare within one only.</b>"

@@ -11,6 +11,9 @@ from html import escape
 from gradloc.report.analysis import Analysis
 from gradloc.report.words import number_of, ranges, rate
 
+_SHOWN = 12
+"""Names of runs in a row; what is more is counted."""
+
 
 def head(analysis: Analysis) -> list[str]:
     """The title, the facts of the comparison, and what speaks against reading on."""
@@ -49,17 +52,19 @@ def head(analysis: Analysis) -> list[str]:
         "</dl>",
     ]
     if results.missing:
-        shown = ", ".join(results.missing[:12])
-        more = len(results.missing) - 12
-        rest = f" and {more} more" if more > 0 else ""
         parts.append(
             f'<p class="warning"><b>Unfinished.</b> {number_of(len(results.missing), "run")} still '
-            f"missing: {escape(shown)}{rest}.</p>"
+            f"missing: {escape(_first(results.missing))}.</p>"
         )
     if results.failed:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in results.failed.items():
+            by_reason.setdefault(reason, []).append(name)
+        listed = "; ".join(f"{_first(names)} ({reason})" for reason, names in by_reason.items())
         parts.append(
-            f'<p class="warning"><b>Failed.</b> The last attempt at these ended in an error, which '
-            f"failures.jsonl has: {escape(', '.join(results.failed))}.</p>"
+            f'<p class="warning"><b>Failed.</b> The last attempt at '
+            f"{number_of(len(results.failed), 'run')} among them, or at the base of their seed, "
+            f"ended in an error; failures.jsonl has the traceback: {escape(listed)}.</p>"
         )
     if results.set_aside:
         parts.append(
@@ -80,6 +85,11 @@ def head(analysis: Analysis) -> list[str]:
             "with <code>--baseline</code>.</p>"
         )
     return parts
+
+
+def _first(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _machines(machines: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -12,8 +12,9 @@ from typing import Any
 from gradloc.compare.config import CompareConfig, method_settings
 from gradloc.compare.config_file import load_config
 from gradloc.compare.grid import Cell, base_key, cells
+from gradloc.compare.messages import Base
 from gradloc.compare.results import FAILURES_FILE, RESULTS_FILE, read_records
-from gradloc.report.runs import Method, Results, Run
+from gradloc.report.runs import Method, Results, Run, divergence_limit
 
 
 def read_run(folder: Path) -> Results:
@@ -49,11 +50,13 @@ def results_from(
     Args:
         config: of the comparison.
         records: of runs and bases; of two with the same key the last counts.
-        failures: of cells that ended in an error.
+        failures: of cells and bases that ended in an error.
         name: of the folder.
     """
     expected = {cell.key: cell for cell in cells(config)}
-    runs = {str(r["key"]): Run(r) for r in records if r.get("kind") == "run"}
+    bases = _bases(config, records)
+    limit = divergence_limit(bases.values())
+    runs = {str(r["key"]): Run(r, limit) for r in records if r.get("kind") == "run"}
     other_keys = bool(runs) and not expected.keys() & runs.keys()
     if other_keys:
         # Another version of gradloc counts other things into a key. Its results are still results.
@@ -66,19 +69,39 @@ def results_from(
     else:
         found = {key: runs[key] for key in expected if key in runs}
     used = {id(run) for run in found.values()}
-    tried = {str(failure.get("key")) for failure in failures}
     missing = [cell for key, cell in expected.items() if key not in found]
     return Results(
         name=name,
         config=config.to_json(),
         methods=tuple(_method(config, method.name) for method in config.methods),
         runs=tuple(found.values()),
-        bases=_bases(config, records),
+        bases=bases,
         missing=tuple(cell.name for cell in missing),
-        failed=tuple(cell.name for cell in missing if cell.key in tried),
+        failed=_failed(missing, bases, failures),
         set_aside=tuple(run for run in runs.values() if id(run) not in used),
         other_keys=other_keys,
+        limit=limit,
     )
+
+
+def _failed(
+    missing: Sequence[Cell],
+    bases: Mapping[int, Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Names of missing cells that failed, or whose base did and has not been made since."""
+    reasons = {
+        str(failure.get("key")): str(failure.get("error") or "no reason noted")
+        for failure in failures
+    }
+    found = {}
+    for cell in missing:
+        base = Base(cell.seed)
+        if cell.seed not in bases and base.key in reasons:
+            found[cell.name] = f"{base.name} failed: {reasons[base.key]}"
+        elif cell.key in reasons:
+            found[cell.name] = reasons[cell.key]
+    return found
 
 
 def _place(run: Run | Cell) -> tuple[str, str, int, int]:

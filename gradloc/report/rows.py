@@ -45,7 +45,10 @@ class Row:
         return self.method.name, self.weight, self.learning_rate
 
     def values(self, measure: str) -> dict[int, float]:
-        """A measure by seed, draws averaged first; nan for a seed with a run without the number."""
+        """A measure by seed, draws averaged first; nan for a seed with a run that has no number.
+
+        A run that diverged has none.
+        """
         return {
             seed: mean(run.value(measure, self.weight) for run in runs)
             for seed, runs in self.runs.items()
@@ -54,6 +57,14 @@ class Row:
     def finite(self, measure: str) -> dict[int, float]:
         """The same without seeds that have no number."""
         return {s: value for s, value in self.values(measure).items() if math.isfinite(value)}
+
+    def diverged(self) -> list[int]:
+        """Seeds with a run that diverged at the row's weight."""
+        return [
+            seed
+            for seed, runs in self.runs.items()
+            if any(run.diverged(self.weight) for run in runs)
+        ]
 
     def spread(self, measure: str) -> tuple[float, float]:
         """Mean and standard deviation over seeds that have the number; nan for none."""

@@ -18,6 +18,8 @@ CHOSEN = None
 """Stands for the interpolation weight that a run's validation chose, where a weight is asked for.
 """
 Weight = float | None
+_LARGEST_UNKNOWN = 15.0
+"""Nats a token: guessing among three million tokens; where no base was scored."""
 
 
 def number(record: Any, *path: str) -> float:
@@ -84,6 +86,29 @@ class Method:
     learning_rates: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it trains adapters in its layers, and not their weights."""
+        return "lora" in self.others
+
+
+def divergence_limit(bases: Iterable[Mapping[str, Any]]) -> float:
+    """Nats a token above which a loss after training is no result: the run diverged.
+
+    Twice the largest of the bases' losses, plus 10: a model that knows nothing at all has the
+    logarithm of its vocabulary's size, 8 to 13, so a run beyond it has lost more than there was.
+
+    Args:
+        bases: records of base models; without a loss in any, 15 stands for the largest.
+    """
+    found = [
+        value
+        for base in bases
+        for value in measures(base["scores"]["1"])
+        if value is not None and math.isfinite(value)
+    ]
+    return 2 * max(found, default=_LARGEST_UNKNOWN) + 10
+
 
 @dataclass(frozen=True)
 class Run:
@@ -91,9 +116,11 @@ class Run:
 
     Args:
         record: a line of results.jsonl with kind "run".
+        limit: loss in nats a token above which it counts as diverged; see `divergence_limit`.
     """
 
     record: Mapping[str, Any]
+    limit: float = math.inf
 
     @property
     def method(self) -> str:
@@ -121,9 +148,21 @@ class Run:
         return sorted(map(float, self.record["scores"]), reverse=True)
 
     def value(self, measure: str, weight: Weight = 1.0) -> float:
-        """A measure at an interpolation weight, or at the chosen one; nan where there is none."""
+        """A measure at an interpolation weight, or at the chosen one.
+
+        Returns:
+            nan where there is none, or where the run diverged at that weight.
+        """
+        return math.nan if self.diverged(weight) else self.recorded(measure, weight)
+
+    def recorded(self, measure: str, weight: Weight = 1.0) -> float:
+        """The same as it was recorded, even if the run diverged."""
         scores = self.record["scores"].get(self._key(weight))
         return measure_of(measure)(scores)
+
+    def diverged(self, weight: Weight = 1.0) -> bool:
+        """Whether learn, forget or text is above the limit at a weight."""
+        return any(self.recorded(name, weight) > self.limit for name in Measures._fields)
 
     def validation(self, weight: Weight = 1.0) -> float:
         """Learning plus forgetting on the validation probes, in nats a token."""
@@ -145,10 +184,12 @@ class Results:
         runs: those that the configuration asks for and that are finished.
         bases: seed -> the record of its base model.
         missing: names of the cells that are not finished.
-        failed: names of those among them whose last attempt ended in an error.
+        failed: of those among them whose last attempt, or that of their base, ended in an error:
+            name -> the reason.
         set_aside: finished runs that the configuration does not ask for (any more).
         other_keys: whether the records' keys were made by another version, so that runs were found
             by method, learning rate, seed and draw.
+        limit: loss in nats a token above which a run counts as diverged.
     """
 
     name: str
@@ -157,9 +198,10 @@ class Results:
     runs: tuple[Run, ...]
     bases: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
     set_aside: tuple[Run, ...] = ()
     other_keys: bool = False
+    limit: float = math.inf
 
     @property
     def num_cells(self) -> int:

@@ -31,7 +31,8 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         "num_runs": len(results.runs),
         "num_cells": results.num_cells,
         "missing": list(results.missing),
-        "failed": list(results.failed),
+        "failed": dict(results.failed),
+        "divergence_limit": results.limit,
         "num_set_aside": len(results.set_aside),
         "baseline": None if analysis.baseline is None else analysis.baseline.name,
         "rule": RULE,
@@ -84,6 +85,7 @@ def _row(analysis: Analysis, row: Row) -> dict[str, Any]:
         "learning_rate": row.learning_rate,
         "at_edge_of_sweep": row.at_edge,
         "seeds": list(row.runs),
+        "seeds_that_diverged": row.diverged(),
         "values": {
             name: {str(seed): value for seed, value in of.items()} for name, of in values.items()
         },

@@ -21,6 +21,7 @@ from gradloc.report.words import (
     interval,
     number_of,
     rate,
+    share_of_weights,
     signed,
     spread,
     three_digits,
@@ -148,8 +149,11 @@ def _layers(row: Row) -> Cell:
         return Cell(NOTHING)
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     total = max(len(plan) for plan in plans)
-    small = f"{100 * share:.0f} % of weights" if math.isfinite(share) else ""
-    return Cell(f"{number} of {total}", small)
+    weights = share_of_weights(share)
+    if row.method.has_adapters:
+        where = f"in {number} of {total} layers"
+        return Cell("adapters", f"{where}, {weights}" if weights else where)
+    return Cell(f"{number} of {total}", weights)
 
 
 def _base_cell(bases: Sequence[object], part: str, name: str) -> Cell:
@@ -173,8 +177,13 @@ def _spread(row: Row, measure: str) -> Cell:
 
 def _lost(row: Row, measure: str) -> str:
     """Says it where a mean is not over all seeds of the row."""
-    lost = len(row.runs) - len(row.finite(measure))
-    return f"no number for {lost} of {number_of(len(row.runs), 'seed')}" if lost else ""
+    lost = row.runs.keys() - row.finite(measure).keys()
+    diverged = [seed for seed in row.diverged() if seed in lost]
+    total = number_of(len(row.runs), "seed")
+    notes = [f"diverged on {len(diverged)} of {total}"] if diverged else []
+    if len(lost) > len(diverged):
+        notes.append(f"no number for {len(lost) - len(diverged)} of {total}")
+    return "; ".join(notes)
 
 
 def _difference(found: PairedDifference | None) -> Cell:

@@ -101,6 +101,17 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
+def share_of_weights(share: float) -> str:
+    """A share from 0 to 1 in percent, with two digits that count below 1 %."""
+    if not math.isfinite(share):
+        return ""
+    if 0 < share < 1e-4:
+        return "< 0.01 % of weights"
+    # What is nearly all is not all.
+    number = f"{100 * share:.2g}" if share < 0.01 else f"{100 * share:.0f}"
+    return f"{'> 99' if number == '100' and share < 1 else number} % of weights"
+
+
 def percent(share: float) -> str:
     """A share from 0 to 1."""
     return f"{100 * share:.0f} %" if math.isfinite(share) else "unknown"
