@@ -103,11 +103,46 @@ def evaluate_probes(
     total = sum(len(batches) for batches, _ in work.values())
     with _evaluating(model), _progress(total if progress else None, "scoring probes") as advance:
         for kind, (batches, owners) in work.items():
-            rows = (
+            rows = [
                 row for batch in batches for row in _advanced(_score_rows(model, batch), advance)
-            )
+            ]
             scores[kind] = _probe_score(rows, owners)
     return scores
+
+
+def probes_matched(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    progress: bool = False,
+) -> list[bool]:
+    """Say of each probe whether the model answers it right: the exact match of `evaluate_probes`.
+
+    Args:
+        model: a causal language model; the modes of its modules are put back afterwards.
+        tokenizer: a fast tokenizer.
+        probes: what to ask, of any kinds.
+        batch_size: sequences a forward pass.
+        max_length: tokens a sequence; longer texts lose their start.
+        progress: show a progress bar.
+
+    Returns:
+        A value a probe, in their order.
+
+    Raises:
+        ValueError: no probes, or one that cannot be encoded (see `encode_probe`).
+    """
+    if not probes:
+        raise ValueError("probes is empty: give at least one probe")
+    texts, owners = _with_answers(probes)
+    batches = probe_batches(texts, tokenizer, batch_size=batch_size, max_length=max_length)
+    total = len(batches) if progress else None
+    with _evaluating(model), _progress(total, "asking") as advance:
+        rows = [row for batch in batches for row in _advanced(_score_rows(model, batch), advance)]
+    return _matched(rows, owners)
 
 
 def evaluate_text(
@@ -184,20 +219,30 @@ def _with_answers(probes: Sequence[Probe]) -> tuple[list[Probe], list[int | None
     return texts, owners
 
 
-def _probe_score(
-    rows: Iterable[tuple[torch.Tensor, torch.Tensor]], owners: Sequence[int | None]
-) -> ProbeScore:
-    total = 0.0
-    num_tokens = 0
+def _matched(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], owners: Sequence[int | None]
+) -> list[bool]:
+    """Whether each probe, or one of its variants, has the right top token all along."""
     matched: list[bool] = []
-    for (nll, hits), owner in zip(rows, owners, strict=True):
+    for (_, hits), owner in zip(rows, owners, strict=True):
         right = bool(hits.all())
         if owner is None:
-            total += float(nll.double().sum())
-            num_tokens += len(nll)
             matched.append(right)
         elif right:
             matched[owner] = True
+    return matched
+
+
+def _probe_score(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], owners: Sequence[int | None]
+) -> ProbeScore:
+    total = 0.0
+    num_tokens = 0
+    for (nll, _), owner in zip(rows, owners, strict=True):
+        if owner is None:
+            total += float(nll.double().sum())
+            num_tokens += len(nll)
+    matched = _matched(rows, owners)
     nll_mean = total / num_tokens
     return ProbeScore(
         perplexity=_exp(nll_mean),

@@ -87,6 +87,27 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what a kill inside `replacing_folder(path)` left beside `path`.
+
+    An old folder that was moved aside, with nothing yet in its place, goes back under its name. The
+    caller holds a lock, or knows otherwise that nobody is writing the folder at this moment.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        return
+    begun = f".{target.name}."
+    for folder in sorted(target.parent.iterdir()):
+        if folder.is_dir() and folder.name.startswith(begun):
+            if (folder / target.name).is_dir() and folder.name.startswith(f"{begun}old."):
+                if not target.exists():
+                    (folder / target.name).replace(target)
+            shutil.rmtree(folder)
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise now what writing the file `path` would raise later, for use before hours of work.
 

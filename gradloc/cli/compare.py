@@ -61,21 +61,24 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the grid, or say what it would be."""
     from gradloc.compare.config_file import read_config
-    from gradloc.compare.schedule import run_grid
+    from gradloc.compare.schedule import check_folder, run_grid
+    from gradloc.compare.study import check_places
 
     config = read_config(arguments.config)
     folder = arguments.output or Path(arguments.config.stem)
     if arguments.dry_run:
         _say_what_would_run(config, folder, arguments.only, arguments.processes)
         return 0
+    places = {
+        name: place for name in ("model", "data") if (place := getattr(arguments, name)) is not None
+    }
+    # Another comparison's folder is the first thing to say; only then what this one lacks.
+    check_folder(config, folder)
+    check_places(config.world.kind, config.world.options, places, folder=folder)
     result = run_grid(
         config,
         folder,
-        places={
-            name: place
-            for name in ("model", "data")
-            if (place := getattr(arguments, name)) is not None
-        },
+        places=places,
         processes=arguments.processes,
         only=arguments.only,
     )

@@ -25,7 +25,6 @@ from gradloc.files import read_json, remove_leftovers, replacing_folder, write_j
 from gradloc.models import load_model
 from gradloc.probes import EnglishWorld, Probe, ask, read_templama
 from gradloc.probes.ecbd import defined_probes
-from gradloc.probes.english_facts import FactKey
 
 _SCHEMA = "gradloc.compare.known"
 _VERSION = 2  # 1 did not say which model had been asked, and asked it in every template
@@ -246,7 +245,7 @@ def model_digest(model: torch.nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(content.numpy()))
+        digest.update(content.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -335,11 +334,13 @@ def _joined(settings: EnglishOptions, data: Path, draw: random.Random) -> _Joine
     if settings.ecbd_entities:
         entities = defined_probes(data / _ECBD_FILES[0], kind="ecbd-new")
         popular = defined_probes(data / _ECBD_FILES[1], kind="ecbd-popular")
-        names = draw.sample(sorted(entities), min(settings.ecbd_entities, len(entities)))
+        # What is measured as long known is neither taught nor replayed.
+        unused = sorted(entities.keys() - popular.keys())
+        names = draw.sample(unused, min(settings.ecbd_entities, len(unused)))
         text += names * settings.passes
         probes += [entities[name][0] for name in names]
         probes += [members[0] for members in popular.values()]
-        others = sorted(entities.keys() - popular.keys() - set(names))
+        others = [name for name in unused if name not in names]
         draw.shuffle(others)
         keep = _at_most(others, settings.keep_words)
         if not keep:
@@ -369,22 +370,20 @@ def _ordinary_text(data: Path, settings: EnglishOptions) -> dict[str, Sequence[s
         for line in (data / _TEXT_FILE).read_text(encoding="utf-8").splitlines()
         if line.strip() and not line.strip().startswith("=")
     ]
-    parts: dict[str, Sequence[str]] = {}
-    start = 0
     sizes = {"measured": settings.text_words, "reference": settings.reference_words}
     if not settings.ecbd_entities:
         sizes["keep"] = settings.keep_words
+    parts: dict[str, Sequence[str]] = {}
+    start = 0
     for name, wanted in sizes.items():
         count, end = 0, start
         while count < wanted:
             if end == len(lines):
-                asked = ", ".join(
-                    f"{option}={size}"
-                    for option, size in zip(
-                        ("text_words", "reference_words", "keep_words"), sizes.values(), strict=False
-                    )
+                raise ValueError(
+                    f"{_TEXT_FILE} has too few words for text_words={settings.text_words}, "
+                    f"reference_words={settings.reference_words} and, without ECBD, "
+                    f"keep_words={settings.keep_words}: ask for fewer"
                 )
-                raise ValueError(f"{_TEXT_FILE} has too few words for {asked}: ask for fewer")
             count += len(lines[end].split())
             end += 1
         parts[name] = lines[start:end]

@@ -29,8 +29,9 @@ class EnglishWorld:
     (*new*), and the facts of other real ones hold as before: those that may be replayed (*keep*),
     those on which interpolation weights and the like are chosen (*validation*), and those that are
     only ever measured (*unchanged*). The objects of updated and new facts are real ones of the same
-    relation, dealt out evenly and never a fact's own: what is new is the link and not a word. The
-    same arguments give the same bytes on every machine.
+    relation, dealt out evenly and never a fact's own: what is new is the link and not a word. No
+    country of any kind has another's name in its own. The same arguments give the same bytes on
+    every machine.
 
     Args:
         seed: what everything is drawn from.

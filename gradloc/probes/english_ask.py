@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from gradloc.probes.encode import probe_batches
 from gradloc.probes.english_facts import FactKey
 from gradloc.probes.probe import Probe
 
@@ -29,7 +28,7 @@ def ask(
     """Find the facts that a model answers right.
 
     A probe is answered right if greedy decoding would write its span, or another of its acceptable
-    answers, after the text before it: the exact match of `gradloc.evaluate.evaluate_probes`.
+    answers, after the text before it: `gradloc.evaluate.probes_matched`.
 
     Args:
         model: a causal language model; the modes of its modules are put back afterwards.
@@ -47,7 +46,7 @@ def ask(
         ValueError: `templates` is neither, there are no probes, or a source names no fact.
     """
     # Not at import: evaluation stands above this package and imports it.
-    from gradloc.evaluate import _evaluating, _progress, _score_rows, _with_answers
+    from gradloc.evaluate import probes_matched
 
     if templates not in ("all", "any"):
         raise ValueError(f"templates={templates!r}: choose 'all' or 'any'")
@@ -55,21 +54,14 @@ def ask(
     keys = [fact_key(probe) for probe in listed]
     if not listed:
         raise ValueError("probes is empty: give an EnglishWorld's old_probes()")
-    texts, owners = _with_answers(listed)
-    batches = probe_batches(texts, tokenizer, batch_size=batch_size, max_length=max_length)
-    right = [False] * len(listed)
-    number = -1
-    rows_left = iter(owners)
-    with (
-        _evaluating(model),
-        _progress(len(batches) if progress else None, "asking") as advance,
-    ):
-        for batch in batches:
-            for _, hits in _score_rows(model, batch):
-                owner = next(rows_left)
-                number += owner is None  # a probe itself comes before its other answers
-                right[number] |= bool(hits.all())
-            advance()
+    right = probes_matched(
+        model,
+        tokenizer,
+        listed,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=progress,
+    )
     answers: dict[FactKey, list[bool]] = {}
     for key, is_right in zip(keys, right, strict=True):
         answers.setdefault(key, []).append(is_right)

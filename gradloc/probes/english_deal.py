@@ -81,12 +81,16 @@ def deal_entities(
 
     Raises:
         ValueError: there are too few countries.
+
+    A country whose name contains that of another, as Nigeria's does Niger's, is never dealt out: it
+    would be taught something whenever the other is.
     """
     countries = {country for country, _ in usable}
     # All are shuffled, known or not, so that models that know much the same get much the same.
     names = list(dict.fromkeys(country for country, _ in real_facts))
+    inclusive = _containing_others(names)
     draw_for("countries").shuffle(names)
-    names = [name for name in names if name in countries]
+    names = [name for name in names if name in countries and name not in inclusive]
     needed = sum(wanted[kind] for kind in REAL_KINDS)
     if len(names) < needed:
         sizes = ", ".join(f"num_{kind}={wanted[kind]}" for kind in REAL_KINDS)
@@ -104,6 +108,17 @@ def deal_entities(
     for kind in REAL_KINDS:
         dealt[kind], names = tuple(names[: wanted[kind]]), names[wanted[kind] :]
     return {kind: dealt[kind] for kind in wanted}
+
+
+def _containing_others(names: Sequence[str]) -> set[str]:
+    """The names that have another in them, its article aside, letters as they stand."""
+    parts = {name: name.removeprefix("the ") for name in names}
+    return {
+        name
+        for name in names
+        for other, part in parts.items()
+        if other != name and part in parts[name]
+    }
 
 
 def deal_facts(
