@@ -172,7 +172,8 @@ def analyse(seed: Seed, num_permutations: int) -> Found:
     ratios: dict[str, dict[str, LayerRatios]] = {}
     for loss in REFERENCES:
         rows = {kind: (norms, seed.reference(loss, kind)) for kind, norms in kinds.items()}
-        for kind, norms in controls.items():
+        # A control has the spans of a kind and neither its context nor its loss.
+        for kind, norms in controls.items() if loss in ("all", "matched") else ():
             rows[f"text as {kind}"] = (norms, seed.reference(loss, kind))
         ratios[loss] = {
             kind: layer_ratios(norms, reference)

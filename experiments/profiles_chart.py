@@ -50,26 +50,28 @@ def draw_profiles(
     lowest, highest = min(0.7, 0.9 * lines.min()), max(1.5, 1.2 * lines.max())
     blocks = max(layer["block"] for layer in layers if layer["block"] is not None) + 1
     for column, loss in enumerate(columns):
+        axes[0, column].set_title(f"against {references[loss]}", fontsize=9)
         for row, kind in enumerate(kinds):
             axis = axes[row, column]
             each = [one.ratios[loss][kind] for one in found if kind in one.ratios[loss]]
+            if not each:
+                axis.axis("off")
+                continue
+            last = not any(later in one.ratios[loss] for later in kinds[row + 1 :] for one in found)
             axis.axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
             axis.grid(axis="y", color="0.92", linewidth=0.6)
             axis.set_axisbelow(True)
-            if each:
-                _draw_kind(axis, layers, each, blocks)
-            if row == 0:
-                axis.set_title(f"against {references[loss]}", fontsize=9)
+            _draw_kind(axis, layers, each, blocks)
             if column == 0:
                 axis.set_ylabel(kind, fontsize=9)
-            if row == len(kinds) - 1:
+            if last:
                 axis.set_xlabel("block (E, N: embeddings, final norm)", fontsize=8)
-                axis.set_xticks(
-                    [-1.5, *range(0, blocks, max(1, blocks // 6)), blocks + 0.5],
-                    ["E", *map(str, range(0, blocks, max(1, blocks // 6))), "N"],
-                )
-            axis.tick_params(labelsize=8)
+            axis.tick_params(labelsize=8, labelbottom=last)
             axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_xticks(
+        [-1.5, *range(0, blocks, max(1, blocks // 6)), blocks + 0.5],
+        ["E", *map(str, range(0, blocks, max(1, blocks // 6))), "N"],
+    )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper right", ncols=3)
     axes[0, 0].set_yscale("log", base=2)
