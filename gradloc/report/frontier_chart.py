@@ -56,6 +56,7 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
     figure = new_figure(11.4 if len(spans) == 2 else 8.0, 5.4)
     panels = figure.subplots(1, len(spans), squeeze=False, sharey=True)[0]
     look = looks(analysis)
+    labelled: list[tuple[Any, str, list[tuple[str, Point, Look]]]] = []
     for axes, span in zip(panels, spans, strict=True):
         dress(axes)
         ends: list[tuple[str, Point, Look]] = []
@@ -94,6 +95,9 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
         axes.set_xlabel(_LEARN, fontsize=9, color=INK)
         if not axes.xaxis_inverted():
             axes.invert_xaxis()
+        labelled.append((axes, span, ends))
+    # Once all is drawn: shading fixes the limits, which the panels share.
+    for axes, span, ends in labelled:
         if analysis.baseline is not None:
             _shade(axes, analysis, loss, span, chosen.of[analysis.baseline.name])
         _label_ends(axes, ends)
