@@ -17,6 +17,7 @@ from gradloc.files import replacing
 
 # Okabe and Ito's, which colour-blind readers tell apart.
 _COLOURS = {"attention": "#0072b2", "mlp": "#d55e00"}
+_ENOUGH_SEEDS = 4
 
 
 def draw_profiles(
@@ -27,7 +28,8 @@ def draw_profiles(
 ) -> None:
     """A row a kind, a column a reference: R by block, with 95 % intervals.
 
-    The interval is the bootstrap's for one seed, and Student's over seeds for several.
+    The interval is Student's over seeds; of fewer than four that says next to nothing, and the mean
+    of the seeds' bootstrap intervals stands there instead.
     """
     from matplotlib.figure import Figure
 
@@ -101,10 +103,11 @@ def _draw_kind(axis: Any, layers: Sequence[Any], each: Sequence[Any], blocks: in
 
 
 def _with_interval(each: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if len(each) == 1:
-        return each[0].ratio, each[0].low, each[0].high
     ratios = np.stack([one.ratio for one in each])
     mean = ratios.mean(axis=0)
+    if len(each) < _ENOUGH_SEEDS:
+        low, high = (np.mean([getattr(one, end) for one in each], 0) for end in ("low", "high"))
+        return mean, low, high
     half = student_t(len(each) - 1) * ratios.std(axis=0, ddof=1) / math.sqrt(len(each))
     return mean, mean - half, mean + half
 
