@@ -11,9 +11,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gradloc.cli import compare, demo, doctor, evaluate, export, report, select, trace, train
+from gradloc.cli import (
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    interpolate,
+    report,
+    select,
+    trace,
+    train,
+)
 
-_COMMANDS = (demo, trace, select, train, evaluate, compare, report, export, doctor)
+_COMMANDS = (demo, trace, select, train, interpolate, evaluate, compare, report, export, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

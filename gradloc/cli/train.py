@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,9 @@ from gradloc.cli.trace import add_granularity, add_tracing, tracing_batches
 if TYPE_CHECKING:
     from gradloc.layers import LayerMap
     from gradloc.policies import Policy
+    from gradloc.training.config import TrainConfig
     from gradloc.training.corpus import PackedCorpus
+    from gradloc.training.mixing import MixedRows, Replay
     from gradloc.training.train import Tracing, TrainResult
 
 _EXAMPLE = """\
@@ -62,6 +67,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run in OUTPUT")
     _add_choice(parser.add_argument_group("which layers train"))
+    _add_replay(parser.add_argument_group("against forgetting"))
     tracing = parser.add_argument_group("tracing, where there is no --profile")
     shared.add_probes(tracing, required=False)
     add_tracing(tracing, required=False)
@@ -86,6 +92,21 @@ def _add_choice(group: Any) -> None:
         "--retrace-every", type=int, metavar="STEPS", help="choose again every so many steps"
     )
     add_granularity(group, default=None)
+
+
+def _add_replay(group: Any) -> None:
+    group.add_argument(
+        "--keep",
+        nargs="+",
+        metavar="FILE",
+        help="old text whose blocks are mixed among those of the corpus, evenly",
+    )
+    group.add_argument(
+        "--replay-ratio",
+        type=float,
+        metavar="X",
+        help="old blocks for each block of the corpus (default: 1)",
+    )
 
 
 def _add_settings(group: Any) -> None:
@@ -151,6 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gradloc.training.train import train
 
     policy = read_policy(arguments)
+    mix = _read_mix(arguments)
     config = TrainConfig(
         output=arguments.output,
         max_steps=arguments.max_steps,
@@ -189,21 +211,30 @@ def run(arguments: argparse.Namespace) -> int:
     probes = shared.read_all_probes(arguments)
     model, tokenizer = shared.load(arguments)
     layers = LayerMap.from_model(model, granularity=granularity)
-    corpus = pack_corpus(
-        arguments.corpus,
-        tokenizer,
+    pack = functools.partial(
+        pack_corpus,
+        tokenizer=tokenizer,
         block_size=shared.sequence_length(arguments.block_size, model, "--block-size"),
         text_field=arguments.text_field,
         documents=arguments.documents,
     )
+    corpus = pack(arguments.corpus)
+    rows = corpus.dataset
     first = os.environ.get("RANK", "0") == "0"  # of torchrun: the others would say the same
     if first:
-        _report_corpus(corpus)
+        _report_corpus("corpus", corpus)
+    if mix is not None:
+        keep = pack(arguments.keep)
+        if first:
+            _report_corpus("keep", keep)
+        rows = _mixed(rows, keep.dataset, mix, config)
+        # The rows are all that is to be trained on, in the order of the training.
+        config = replace(config, epochs=1.0, shuffle=False)
     with _showing_plan_changes(shown=first and not arguments.quiet):
         result = train(
             model,
             tokenizer,
-            corpus.dataset,
+            rows,
             config,
             layers=layers,
             plan=plan,
@@ -217,6 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "corpus": [str(path) for path in arguments.corpus],
                 "num_documents": corpus.num_documents,
                 "num_tokens": corpus.num_tokens,
+                **({} if mix is None else {"keep": arguments.keep, "replay_ratio": mix.ratio}),
             },
         )
     if first:
@@ -268,6 +300,30 @@ def read_policy(arguments: argparse.Namespace) -> Policy | None:
     return policy if arguments.retrace_every is None else Retrace(policy, arguments.retrace_every)
 
 
+def _read_mix(arguments: argparse.Namespace) -> Replay | None:
+    """What --keep and --replay-ratio ask for."""
+    from gradloc.training.mixing import Replay
+
+    if arguments.keep is None:
+        if arguments.replay_ratio is not None:
+            raise ValueError("--replay-ratio mixes old text in: give it with --keep")
+        return None
+    return Replay(1.0 if arguments.replay_ratio is None else arguments.replay_ratio)
+
+
+def _mixed(new: Any, keep: Any, mix: Replay, config: TrainConfig) -> MixedRows:
+    """The rows of a whole run: its steps, or its epochs over the new rows and old ones for each."""
+    from gradloc.training.mixing import mixed_rows
+
+    if config.max_steps is not None:
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+        rows_a_step = config.batch_size * config.gradient_accumulation_steps * num_processes
+        num_rows = config.max_steps * rows_a_step
+    else:
+        num_rows = math.ceil(config.epochs * len(new) * (1 + mix.ratio))
+    return mixed_rows(new, keep, mix=mix, num_rows=num_rows, seed=config.seed)
+
+
 def _tracing(
     arguments: argparse.Namespace, probes: Any, model: Any, tokenizer: Any
 ) -> Tracing | None:
@@ -305,9 +361,9 @@ def _showing_plan_changes(*, shown: bool) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _report_corpus(corpus: PackedCorpus) -> None:
+def _report_corpus(name: str, corpus: PackedCorpus) -> None:
     print(
-        f"corpus: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens in "
+        f"{name}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens in "
         f"{len(corpus.dataset):,} blocks ({corpus.num_dropped_tokens} tokens at the end dropped)"
     )
 

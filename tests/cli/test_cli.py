@@ -366,7 +366,7 @@ def test_ctrl_c_is_not_an_error(monkeypatch, capsys, trace_arguments):
     assert capsys.readouterr().err == "gradloc: stopped\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "trace", "train", "evaluate", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "trace", "train", "interpolate", "evaluate", "doctor"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
