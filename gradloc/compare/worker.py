@@ -20,6 +20,8 @@ from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from gradloc.compare.grid import Cell
 from gradloc.compare.locks import locked
 from gradloc.compare.messages import (
@@ -52,6 +54,8 @@ def serve(pipe: Connection, setup: Setup, log: Path) -> None:
     # Ctrl-C in a terminal reaches every process of it; the one that started this one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _print_to(log)
+    # tqdm's own lock has a semaphore that outlives a process which is killed, with a warning.
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         run_cell, prepare = (_imported(place) for place in setup.runner)

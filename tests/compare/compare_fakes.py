@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from gradloc.compare.config import CompareConfig, WorldConfig
 from gradloc.compare.grid import base_key
 from gradloc.compare.method_config import Localize, MethodConfig
@@ -75,7 +77,7 @@ def run_cell(cell, config, folder, *, places, on_step, note):
     if cell.method.name == "fills":
         size = (folder / "results.jsonl").stat().st_size + 10
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    for step in range(STEPS):
+    for step in tqdm(range(STEPS)):  # as libraries do
         time.sleep(config.world.options.get("seconds", 0) / STEPS)
         on_step(step + 1, STEPS)
     _tell(folder, f"ended {cell.key}")

@@ -254,6 +254,7 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(tmp_path):
     assert process.returncode == -signal.SIGINT
     assert "runs are done; the same command goes on from there" in out
     assert err.count("Traceback") == 1  # this process's own, from the script
+    assert "leaked" not in err
     assert all(is_gone(pid) for _, _, pid in made(folder))
 
 
