@@ -27,7 +27,14 @@ from gradloc.report.chart_style import (
     spread_out,
 )
 from gradloc.report.frontier import pareto
-from gradloc.report.frontier_points import Point, all_means, mean_at, mean_points, overview_seeds
+from gradloc.report.frontier_points import (
+    Point,
+    all_means,
+    mean_at,
+    mean_points,
+    not_drawn,
+    overview_seeds,
+)
 from gradloc.report.runs import Method, Results
 from gradloc.report.words import number_of, rate
 
@@ -57,6 +64,11 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
     panels = figure.subplots(1, len(spans), squeeze=False, sharey=True)[0]
     look = looks(analysis)
     labelled: list[tuple[Any, str, list[tuple[str, Point, Look]]]] = []
+    left_out = [
+        f"{_cut(method.title)} (lr {rate(learning_rate)})"
+        for method in _drawn_first(analysis)
+        for learning_rate in not_drawn(results, method, loss, chosen.of[method.name])
+    ]
     for axes, span in zip(panels, spans, strict=True):
         dress(axes)
         ends: list[tuple[str, Point, Look]] = []
@@ -92,7 +104,8 @@ def frontier_overview(analysis: Analysis, loss: str) -> bytes:
             f"over {span}" + (": what no other point of the method beats" if span == BOTH else ""),
             fontsize=10, color=INK, loc="left",
         )  # fmt: skip
-        axes.set_xlabel(_LEARN, fontsize=9, color=INK)
+        under = plain(_without(left_out)) if left_out and span == RATES else ""
+        axes.set_xlabel(_LEARN + under, fontsize=9, color=INK)
         if not axes.xaxis_inverted():
             axes.invert_xaxis()
         labelled.append((axes, span, ends))
@@ -153,7 +166,7 @@ def frontier_multiples(analysis: Analysis, loss: str) -> bytes:
         axes.text(
             1,
             1.02,
-            number_of(len(seeds), "seed"),
+            _seeds_and_gaps(results, method, loss, seeds),
             fontsize=7,
             color=FAINT,
             ha="right",
@@ -168,6 +181,12 @@ def frontier_multiples(analysis: Analysis, loss: str) -> bytes:
     figure.supxlabel(_LEARN, fontsize=9, color=INK)
     figure.supylabel(_LOSS[loss], fontsize=9, color=INK)
     return as_png(figure)
+
+
+def _seeds_and_gaps(results: Results, method: Method, loss: str, seeds: Sequence[int]) -> str:
+    gaps = [rate(learning_rate) for learning_rate in not_drawn(results, method, loss, seeds)]
+    without = f", lr {', '.join(gaps)} not drawn" if gaps else ""
+    return number_of(len(seeds), "seed") + without
 
 
 def _drawn_first(analysis: Analysis) -> list[Method]:
@@ -241,9 +260,9 @@ def _one_method(axes: Any, results: Results, method: Method, loss: str, style: L
     if not points:
         return
     _curve(axes, points, style)
-    rates = results.rates(method.name)
+    drawn = [r for r in results.rates(method.name) if mean_at(results, method, loss, r, 1.0, seeds)]
     axes.annotate(
-        f"lr {rate(rates[-1])}", points[-1], xytext=(0, 8), textcoords="offset points",
+        f"lr {rate(drawn[-1])}", points[-1], xytext=(0, 8), textcoords="offset points",
         ha="center", va="bottom", fontsize=6.5, color=FAINT,
     )  # fmt: skip
 
@@ -282,6 +301,11 @@ def _label_ends(axes: Any, ends: Sequence[tuple[str, Point, Look]]) -> None:
             arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.5, "alpha": 0.5,
                         "relpos": (0, 0.5), "shrinkB": 5},
         )  # fmt: skip
+
+
+def _without(points: Sequence[str]) -> str:
+    shown = list(points[:2]) + [f"and {len(points) - 2} more"] * (len(points) > 2)
+    return f"\nnot drawn, worse than before training: {', '.join(shown)}"
 
 
 def _cut(title: str) -> str:

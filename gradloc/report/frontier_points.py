@@ -1,7 +1,8 @@
 """The points that the frontier charts show: means over seeds of (learn, other loss).
 
-Draws averaged first, seeds without finite numbers left out. For pictures only: what is said and
-tabulated is computed seed by seed, in `matched`.
+Draws averaged first, seeds without finite numbers left out. A point that is worse on what was to be
+learned than before training is not drawn: the rest would shrink to a corner. For pictures only:
+what is said and tabulated is computed seed by seed, in `matched`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradloc.report.runs import Method, Results, mean
+from gradloc.report.runs import MEASURES, Method, Results, mean
 
 Point = tuple[float, float]
 
@@ -73,7 +74,38 @@ def mean_at(
     weight: float,
     seeds: Sequence[int],
 ) -> Point | None:
-    """Mean over those of the seeds that have finite numbers there; None if there are none."""
+    """Mean over those of the seeds that have finite numbers there; None if it is not drawn."""
+    point = _mean_at(results, method, loss, learning_rate, weight, seeds)
+    return None if point is None or point[0] > _before(results, seeds) else point
+
+
+def not_drawn(results: Results, method: Method, loss: str, seeds: Sequence[int]) -> list[float]:
+    """Learning rates whose point is left out for having learned less than nothing."""
+    return [
+        learning_rate
+        for learning_rate in results.rates(method.name)
+        if _mean_at(results, method, loss, learning_rate, 1.0, seeds)
+        and not mean_at(results, method, loss, learning_rate, 1.0, seeds)
+    ]
+
+
+def _before(results: Results, seeds: Sequence[int]) -> float:
+    """Loss of the bases on what is to be learned; infinite where it is not known."""
+    found = [
+        MEASURES["learn"](results.bases[s]["scores"]["1"]) for s in seeds if s in results.bases
+    ]
+    known = [value for value in found if math.isfinite(value)]
+    return mean(known) if known else math.inf
+
+
+def _mean_at(
+    results: Results,
+    method: Method,
+    loss: str,
+    learning_rate: float,
+    weight: float,
+    seeds: Sequence[int],
+) -> Point | None:
     runs_of: Mapping[int, Any] = results.of(method.name, learning_rate)
     points = []
     for seed in seeds:

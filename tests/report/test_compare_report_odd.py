@@ -13,7 +13,7 @@ from gradloc.report import frontier_chart, loss_chart
 from gradloc.report.analysis import RATES, analyse
 from gradloc.report.cost_tables import cost_table, time_ratios, whole_run
 from gradloc.report.findings import findings
-from gradloc.report.frontier_points import overview_seeds
+from gradloc.report.frontier_points import mean_points, not_drawn, overview_seeds
 from gradloc.report.loss_chart import mean_losses
 from gradloc.report.page import report_html
 from gradloc.report.read import read_run
@@ -92,6 +92,32 @@ def test_all_runs_of_a_method_or_of_the_baseline_diverged(monkeypatch):
         assert titles.pop(method) not in labels
         assert set(titles.values()) <= labels
         assert "diverged on 3 of 3 seeds" in report_html(analysis, {})
+
+
+def unlearn(records):
+    """Replay at its hottest rate knows less of the new facts than before, far from diverging."""
+    for record in runs_of(records, "replay"):
+        if record["learning_rate"] == made.SWEPT[-1]:
+            for entry in record["scores"].values():
+                for kind in ("updated", "new"):
+                    entry["probes"][kind].update(nll=made.BASE_LEARN + 2)
+
+
+def test_worse_than_before_training_is_not_drawn_but_said(monkeypatch):
+    analysis = analysed(TWO, change=unlearn)
+    results, replay = analysis.results, analysis.results.method("replay")
+    seeds = (0, 1, 2)
+    assert not_drawn(results, replay, "forget", seeds) == [made.SWEPT[-1]]
+    assert not_drawn(results, analysis.baseline, "forget", seeds) == []
+    assert len(mean_points(results, replay, "forget", seeds)) == len(made.SWEPT) - 1
+    overview, multiples, _ = figures(monkeypatch, analysis)
+    assert (
+        "not drawn, worse than before training: Replay (lr 3e-3)" in overview.axes[0].get_xlabel()
+    )
+    assert max(overview.axes[0].get_xlim()) < made.BASE_LEARN
+    texts = [text.get_text() for text in multiples.axes[0].texts]
+    assert "3 seeds, lr 3e-3 not drawn" in texts
+    assert "lr 1e-3" in texts, "the ring is at the hottest rate that is drawn"
 
 
 def test_only_what_lies_beyond_the_limit_diverged():
