@@ -208,8 +208,10 @@ def _asked(
             with replacing_folder(target) as temporary:
                 model.save_pretrained(temporary)  # type: ignore[operator]
                 tokenizer.save_pretrained(temporary)
+                path = Path(name).expanduser()
                 content = {
-                    "model": name,
+                    # Where it lies on this machine is nobody's business, and differs on the next.
+                    "model": path.name if path.exists() else name,
                     "model_digest": digest,
                     "known": [list(key) for key in sorted(known)],
                 }
