@@ -73,10 +73,25 @@ def mean_at(
     learning_rate: float,
     weight: float,
     seeds: Sequence[int],
+    *,
+    worse_too: bool = False,
 ) -> Point | None:
-    """Mean over those of the seeds that have finite numbers there; None if it is not drawn."""
-    point = _mean_at(results, method, loss, learning_rate, weight, seeds)
-    return None if point is None or point[0] > _before(results, seeds) else point
+    """Mean over those of the seeds that have finite numbers there.
+
+    Returns:
+        None if there are none, or if it learned less than nothing and is not asked for.
+    """
+    runs_of: Mapping[int, Any] = results.of(method.name, learning_rate)
+    points = []
+    for seed in seeds:
+        runs = runs_of.get(seed, ())
+        point = tuple(mean(run.value(what, weight) for run in runs) for what in ("learn", loss))
+        if all(map(math.isfinite, point)):
+            points.append(point)
+    if not points:
+        return None
+    learn, other = (mean(values) for values in zip(*points, strict=True))
+    return (learn, other) if worse_too or learn <= _before(results, seeds) else None
 
 
 def not_drawn(results: Results, method: Method, loss: str, seeds: Sequence[int]) -> list[float]:
@@ -84,7 +99,7 @@ def not_drawn(results: Results, method: Method, loss: str, seeds: Sequence[int])
     return [
         learning_rate
         for learning_rate in results.rates(method.name)
-        if _mean_at(results, method, loss, learning_rate, 1.0, seeds)
+        if mean_at(results, method, loss, learning_rate, 1.0, seeds, worse_too=True)
         and not mean_at(results, method, loss, learning_rate, 1.0, seeds)
     ]
 
@@ -96,23 +111,3 @@ def _before(results: Results, seeds: Sequence[int]) -> float:
     ]
     known = [value for value in found if math.isfinite(value)]
     return mean(known) if known else math.inf
-
-
-def _mean_at(
-    results: Results,
-    method: Method,
-    loss: str,
-    learning_rate: float,
-    weight: float,
-    seeds: Sequence[int],
-) -> Point | None:
-    runs_of: Mapping[int, Any] = results.of(method.name, learning_rate)
-    points = []
-    for seed in seeds:
-        runs = runs_of.get(seed, ())
-        point = tuple(mean(run.value(what, weight) for run in runs) for what in ("learn", loss))
-        if all(map(math.isfinite, point)):
-            points.append(point)
-    if not points:
-        return None
-    return mean(p[0] for p in points), mean(p[1] for p in points)
